@@ -1,0 +1,124 @@
+"""The collective of ``layerworkers`` over Ray: a mailbox actor that all workers of a pool meet at.
+
+Arrays travel through Ray's object store, straight from the sender's node to the receiver's, in pieces of at most
+64 MB; the mailbox sees their references only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from torch.utils._pytree import tree_map
+
+from billhook.layerworkers.collective import Message
+
+PIECE_BYTES = 64 << 20
+"""Largest object that is put into the store."""
+
+INLINE_BYTES = 32 << 10
+"""Arrays up to this size travel inside the message."""
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """An array that travels as objects of its own."""
+
+    pieces: list[Any]
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Holds each exchange's messages until all ranks of its group have posted theirs."""
+
+    def __init__(self) -> None:
+        self._exchanges: dict[Any, _Exchange] = defaultdict(_Exchange)
+
+    async def exchange(self, key: Any, rank: int, size: int, outgoing: dict[int, Message]) -> dict[int, Message]:
+        """Post ``outgoing`` (by receiving rank); return the messages to ``rank`` once all have posted."""
+        exchange = self._exchanges[key]
+        exchange.posted[rank] = outgoing
+        if len(exchange.posted) == size:
+            exchange.complete.set()
+        await exchange.complete.wait()
+        exchange.collected += 1
+        if exchange.collected == size:
+            del self._exchanges[key]
+        return {sender: exchange.posted[sender][rank] for sender in range(size) if rank in exchange.posted[sender]}
+
+
+class _Exchange:
+    def __init__(self) -> None:
+        self.posted: dict[int, dict[int, Message]] = {}
+        self.complete = asyncio.Event()
+        self.collected = 0
+
+
+class RayCollective:
+    """Workers of one pool, or some of them; see :class:`billhook.layerworkers.collective.Collective`."""
+
+    def __init__(self, mailbox: Any, members: Sequence[int], me: int):
+        self._mailbox, self._members, self._me = mailbox, tuple(members), me
+        self._exchanges = 0
+        self._subgroups: dict[tuple[int, ...], RayCollective] = {}
+
+    @property
+    def rank(self) -> int:
+        """This worker's place among the members."""
+        return self._members.index(self._me)
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return len(self._members)
+
+    def subgroup(self, ranks: Sequence[int]) -> RayCollective:
+        """Return the group of ``ranks``; the same object each time, so that its exchanges are numbered through."""
+        members = tuple(self._members[rank] for rank in ranks)
+        if members == self._members:
+            return self
+        if members not in self._subgroups:
+            self._subgroups[members] = RayCollective(self._mailbox, members, self._me)
+        return self._subgroups[members]
+
+    def exchange(self, outgoing: Mapping[int, Message]) -> dict[int, Message]:
+        """Send and receive through the mailbox; see the protocol."""
+        own = {rank: message for rank, message in outgoing.items() if rank == self.rank}
+        if self.size == 1:
+            return own
+        self._exchanges += 1
+        packed: dict[int, Message] = {}
+        by_identity: dict[int, Message] = {}  # a message to several ranks is put into the store once
+        for rank, message in outgoing.items():
+            if rank != self.rank:
+                if id(message) not in by_identity:
+                    by_identity[id(message)] = tree_map(_pack, message)
+                packed[rank] = by_identity[id(message)]
+        key = (self._members, self._exchanges)
+        received = ray.get(self._mailbox.exchange.remote(key, self.rank, self.size, packed))
+        everything = {rank: tree_map(_unpack, message) for rank, message in received.items()} | own
+        return dict(sorted(everything.items()))
+
+
+def _pack(leaf: Any) -> Any:
+    if not isinstance(leaf, np.ndarray) or leaf.nbytes <= INLINE_BYTES:
+        return leaf
+    flat = np.ascontiguousarray(leaf).reshape(-1)
+    step = max(1, PIECE_BYTES // flat.itemsize)
+    pieces = [ray.put(flat[start : start + step]) for start in range(0, flat.size, step)]
+    return _Parcel(pieces, leaf.dtype, leaf.shape)
+
+
+def _unpack(leaf: Any) -> Any:
+    if not isinstance(leaf, _Parcel):
+        return leaf
+    arrays = ray.get(leaf.pieces)
+    flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return flat.reshape(leaf.shape)

@@ -1,0 +1,116 @@
+"""The pool of workers: one Ray actor per device, called together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from billhook.cluster.exchange import Mailbox, RayCollective
+from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.tasks import WorkerSetup
+from billhook.layerworkers.worker import BlockWorker
+
+
+@ray.remote
+class WorkerActor:
+    """A :class:`BlockWorker` in a process of its own; synchronous, one thread (a greenlet cannot change thread)."""
+
+    def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
+        self._worker = BlockWorker(setup, RayCollective(mailbox, range(size), rank))
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the worker."""
+        return getattr(self._worker, method)(*arguments)
+
+    def process_id(self) -> int:
+        """Return the id of the actor's process on its node."""
+        import os
+
+        return os.getpid()
+
+
+class WorkerPool:
+    """Workers that all run the same call; a context manager that ends them.
+
+    Raises (all calls):
+        InputError: as raised in a worker.
+        RunError: as raised in a worker; or when a worker died, or none could be placed.
+    """
+
+    def __init__(self, setup: WorkerSetup, workers: int, placement_timeout_seconds: float = 120.0):
+        self.size = workers
+        threads = {
+            name: str(setup.threads)
+            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        }
+        options = {
+            "num_cpus": setup.threads,
+            "num_gpus": 1 if setup.device == "cuda" else 0,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": threads},
+        }
+        self._mailbox = Mailbox.remote()
+        self._actors = [
+            WorkerActor.options(**options).remote(setup, self._mailbox, workers, rank) for rank in range(workers)
+        ]
+        try:
+            self.process_ids: list[int] = _outcome(
+                [actor.process_id.remote() for actor in self._actors], placement_timeout_seconds
+            )
+        except GetTimeoutError as error:
+            self.close()
+            raise RunError(
+                f"{workers} workers of {setup.threads} CPU(s)"
+                f"{' and a GPU each' if setup.device == 'cuda' else ''} could not be placed within "
+                f"{placement_timeout_seconds:g} s; the cluster has {ray.cluster_resources()}: lower --workers"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call ``method`` with the same arguments on every worker; return the results in rank order."""
+        return _outcome([actor.call.remote(method, *arguments) for actor in self._actors])
+
+    def call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call ``method`` on every worker with arguments of its own; return the results in rank order."""
+        return _outcome([actor.call.remote(method, *own) for actor, own in zip(self._actors, arguments, strict=True)])
+
+    def close(self) -> None:
+        """End all workers; what they hold is lost."""
+        for actor in [*self._actors, self._mailbox]:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(actor)
+
+
+def _outcome(calls: list[Any], timeout_seconds: float | None = None) -> list[Any]:
+    """Wait for all calls; the first that fails decides, since the others may wait for it for ever."""
+    pending = list(calls)
+    while pending:
+        done, pending = ray.wait(pending, timeout=timeout_seconds)
+        if not done:
+            raise GetTimeoutError("no worker answered")
+        try:
+            ray.get(done)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, InputError | RunError):
+                raise type(cause)(str(cause)) from None
+            raise RunError(f"a worker failed: {error}") from error
+        except RayActorError as error:
+            raise RunError(
+                f"a worker died ({str(error).strip().splitlines()[-1].strip()}): the machine may have run out of "
+                "memory; run the same command again to go on from the last finished block"
+            ) from error
+    results: list[Any] = ray.get(calls)
+    return results

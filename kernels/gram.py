@@ -1,0 +1,45 @@
+"""Second moments of a linear's input: the Gram matrix and its diagonal.
+
+Legend: T tokens, C input channels of the linear.
+"""
+
+from __future__ import annotations
+
+from scipy.linalg import blas
+from torch import Tensor
+
+
+def gram_reference(x_TC: Tensor) -> Tensor:
+    """Return the Gram matrix ``X^T X`` of ``x_TC``, [C, C], in float64: the specification of :func:`add_gram_`."""
+    x64_TC = x_TC.double()
+    return x64_TC.T @ x64_TC
+
+
+def add_gram_(gram_CC: Tensor, x_TC: Tensor) -> None:
+    """Add ``X^T X`` to the lower triangle of ``gram_CC``, in place; the part above the diagonal is left alone.
+
+    gram_CC: [C, C] float32, contiguous. x_TC: [T, C] of any float dtype, on the same device.
+    Half of the products are enough, since the Gram matrix is symmetric: BLAS ``syrk`` on a CPU. On other devices the
+    whole product is added (no library offers ``syrk`` there through torch), so read only the lower triangle.
+    """
+    x32_TC = x_TC.float().contiguous()
+    if gram_CC.device.type != "cpu":
+        gram_CC.addmm_(x32_TC.T, x32_TC)
+        return
+    # A row-major [T, C] array is a column-major [C, T] one, and a row-major lower triangle a column-major upper one.
+    blas.ssyrk(1.0, x32_TC.numpy().T, beta=1.0, c=gram_CC.numpy().T, overwrite_c=1, lower=0)
+
+
+def mirror_lower_(a_CC: Tensor) -> None:
+    """Copy the lower triangle of ``a_CC`` [C, C] over the upper one, in place, a band of rows at a time."""
+    size = a_CC.shape[0]
+    for start in range(0, size, 512):
+        stop = min(start + 512, size)
+        a_CC[start:stop, stop:] = a_CC[stop:, start:stop].T
+        corner = a_CC[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+
+
+def add_column_squares_(squares_C: Tensor, x_TC: Tensor) -> None:
+    """Add the squared 2-norm of each column of ``x_TC`` [T, C] to ``squares_C`` [C] float32, in place."""
+    squares_C += x_TC.float().square().sum(dim=0)

@@ -1,0 +1,59 @@
+"""What a pruning method declares and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from billhook.kernels.products import row_partitions
+from billhook.layerworkers.patterns import Selector
+from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The sparse rows of a linear, and how far they are from the dense ones."""
+
+    weight_RC: Tensor
+    """[R, C] float32; removed entries are 0."""
+    removed: int
+    """Entries that were chosen to be removed."""
+    loss: list[float]
+    """Squared error of the rows' outputs, one sum per row partition, in the units of ``energy``."""
+    energy: list[float]
+    """Squared size of the dense rows' outputs, one sum per row partition; ``loss / energy`` is the relative error."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods."""
+
+    name: str
+    source: str
+    """Paper and equation."""
+    summary: str
+    statistic: Statistic | None
+    within_rows: bool
+    """Whether unstructured selection compares each row by itself rather than the whole linear."""
+    options: type[Any]
+    """A frozen dataclass of the method's own options, each a number or string with a default."""
+    solve: Callable[[Tensor, LinearProblem, Selector, Any], Solution]
+    selections: Callable[[int, Any], int]
+    """``selections(columns, options)``: collective selections in one unstructured solve."""
+    flops: Callable[[int, int, Any], float]
+    """``flops(rows, columns, options)`` of one solve, without the factorisation."""
+    factor_flops: Callable[[int], float]
+    """``factor_flops(columns)`` of what the linears with one input share."""
+    extra_bytes: Callable[[int, int], int]
+    """``extra_bytes(rows, columns)`` held during a solve beside the float32 weight and the statistic."""
+
+
+def partition_sums(values_RC: Tensor, partition_rows: int) -> list[float]:
+    """Sum ``values_RC`` over each row partition, in float64."""
+    return [
+        float(values_RC[start:stop].double().sum()) for start, stop in row_partitions(len(values_RC), partition_rows)
+    ]

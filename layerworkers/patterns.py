@@ -1,0 +1,129 @@
+"""Which entries of a weight may be chosen together: unstructured or N:M, with exact counts.
+
+N:M keeps N of every M consecutive input columns (``2:4`` keeps two and removes two).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from billhook.kernels import select as kernels
+from billhook.layerworkers.collective import Collective, all_gather
+from billhook.layerworkers.errors import InputError, RunError
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any entries; a comparison group of n entries loses ``floor(sparsity * n)``."""
+
+    sparsity: Fraction
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM:
+    """``keep`` of every ``group`` consecutive columns of a row survive."""
+
+    keep: int
+    group: int
+
+    @property
+    def sparsity(self) -> Fraction:
+        """The share that is removed."""
+        return Fraction(self.group - self.keep, self.group)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+
+Pattern = Unstructured | NM
+
+
+def exact_fraction(value: float) -> Fraction:
+    """Return the decimal that a person wrote: 0.7 as 7/10, not as the nearest binary number."""
+    return Fraction(repr(value))
+
+
+def parse_pattern(text: str, sparsity: float | None) -> Pattern:
+    """Build a pattern from the options ``--pattern`` and ``--sparsity`` (None: not given).
+
+    Raises:
+        InputError: for a sparsity outside [0, 1), an unknown pattern, or a sparsity that contradicts N:M.
+    """
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise InputError(f"--sparsity {sparsity}: expected a share in [0, 1), for example 0.5 for half of the weights")
+    if text == "unstructured":
+        return Unstructured(exact_fraction(0.5 if sparsity is None else sparsity))
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise InputError(f"--pattern {text}: expected 'unstructured' or N:M such as 2:4 (N weights kept of every M)")
+    keep, group = int(match[1]), int(match[2])
+    if not 1 <= keep <= group:
+        raise InputError(f"--pattern {text}: N counts the weights kept of every M, so 1 <= N <= M is needed")
+    pattern = NM(keep, group)
+    if sparsity is not None and exact_fraction(sparsity) != pattern.sparsity:
+        raise InputError(
+            f"--sparsity {sparsity} contradicts --pattern {text}, which fixes it at {float(pattern.sparsity):g}; "
+            "leave --sparsity out"
+        )
+    return pattern
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Chooses which entries of a linear to remove: the only way in which a method may do so.
+
+    Unstructured selection compares all rows of the linear, also those on other workers (the same call must then be
+    made on each of them, in the same order), or, with ``within_rows``, each row by itself. What is compared is the
+    score given: a method that passes some of the columns has them compared among themselves.
+    """
+
+    pattern: Pattern
+    within_rows: bool
+    owners: Collective
+    """The workers that hold rows of the linear; ranks are in the order of the rows."""
+
+    def __call__(self, score_RC: Tensor) -> Tensor:
+        """Return the mask [R, C] of the entries to remove: those with the smallest scores, ties by index.
+
+        score_RC: [R, C] float32, this worker's rows.
+
+        Raises:
+            RunError: when a score is NaN.
+        """
+        if torch.isnan(score_RC).any():
+            raise RunError("a score is NaN: the statistics or the weights of this linear overflowed float32")
+        if isinstance(self.pattern, NM):
+            return kernels.smallest_in_groups(score_RC, self.pattern.keep, self.pattern.group)
+        if self.within_rows:
+            return kernels.smallest_in_rows(score_RC, int(self.pattern.sparsity * score_RC.shape[1]))
+        return self._smallest_over_owners(score_RC, self.pattern.sparsity)
+
+    def _smallest_over_owners(self, score_RC: Tensor, sparsity: Fraction) -> Tensor:
+        """Find the k-th smallest of all owners exactly: two histograms of the 32-bit keys, 16 bits each."""
+        keys = kernels.sortable_keys(score_RC)
+        high = self._gather_histograms(kernels.high_histogram(keys))
+        count = int(sparsity * int(high.sum()))
+        if count == 0:
+            return torch.zeros_like(score_RC, dtype=torch.bool)
+        high_bin, before_bin = kernels.bin_of(high.sum(dim=0), count)
+        low = self._gather_histograms(kernels.low_histogram(keys, high_bin))
+        low_bin, before_key = kernels.bin_of(low.sum(dim=0), count - before_bin)
+        ties_wanted = count - before_bin - before_key
+        ties_before = int(low[: self.owners.rank, low_bin].sum())
+        mask = kernels.below_with_ties(keys, (high_bin << 16) | low_bin, ties_wanted - ties_before)
+        return mask.view_as(score_RC)
+
+    def _gather_histograms(self, histogram: Tensor) -> Tensor:
+        """Return the histograms of all owners, [owners, bins]."""
+        if self.owners.size == 1:
+            return histogram[None].cpu()
+        received = all_gather(self.owners, histogram.to(torch.int32).cpu().numpy())
+        return torch.stack([torch.tensor(counts, dtype=torch.int64) for counts in received])

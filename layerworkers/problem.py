@@ -1,0 +1,143 @@
+"""The least-squares problem of the linears that share one input, with its factorisations made once and shared.
+
+Legend: C input channels. G = X^T X, the Gram matrix of the calibration tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from billhook.kernels.factor import NotPositiveDefinite, inverse_, inverse_upper_factor_
+from billhook.kernels.gram import mirror_lower_
+from billhook.layerworkers.collective import Collective, broadcast
+from billhook.layerworkers.errors import RunError
+
+LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)
+"""Multiples of the asked damping that are tried in turn when a Gram matrix is not positive definite in float32."""
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """ADMM's form of the problem (arXiv 2401.02938): unit-diagonal Gram with its ridge, and one inverse."""
+
+    norms_C: Tensor
+    """``sqrt(G_jj) + 1e-8``: 2-norm of each input channel, [C]."""
+    gram_CC: Tensor
+    """``A = G / (norms norms^T) + ridge I``, [C, C]."""
+    inverse_CC: Tensor
+    """``(A + rho I)^-1``, [C, C]."""
+
+
+@dataclass
+class LinearProblem:
+    """What a method may ask about a linear's input. Every question is collective over ``solvers``.
+
+    The factorisation behind an answer is computed on one worker (rank 0 of ``solvers``) and sent to the others; it is
+    kept for the other linears with the same input. It overwrites the statistic: a group of linears can be solved by
+    one form of the problem only.
+    """
+
+    statistic: Tensor | None
+    """The reduced statistic, on rank 0 of ``solvers``; None elsewhere, and for methods that need none."""
+    columns: int
+    partition_rows: int
+    """Rows of a linear in one matrix product: a constant of the recipe, since it decides bits."""
+    solvers: Collective
+    device: torch.device
+    dampings: list[float] = field(default_factory=list)
+    """Relative dampings tried until the factorisation succeeded; one entry where the first did."""
+    _answers: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def column_squares(self) -> Tensor:
+        """Return the squared 2-norm of each input channel, [C] float32."""
+        return self._shared(("column squares",), lambda: (self._statistic(),))[0]
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """Return U [C, C], upper triangular with ``H^-1 = U^T U``, ``H = G + damping mean(diag G) I``.
+
+        A dead channel (one that is zero in every token) weighs nothing: its U_jj is infinite and the rest of its row
+        and column is 0, so its weights score 0, and removing one changes no other.
+
+        Raises:
+            RunError: when H is not positive definite even with a hundred times the damping.
+        """
+
+        def compute() -> tuple[Tensor, ...]:
+            gram_CC = self._statistic()
+            mirror_lower_(gram_CC)
+            dead_C = gram_CC.diagonal() == 0
+            mean = float(gram_CC.diagonal().double().mean()) or 1.0
+            gram_CC.diagonal()[dead_C] = mean
+            tried = self._climb(inverse_upper_factor_, gram_CC, [damping * step for step in LADDER], mean)
+            gram_CC.diagonal()[dead_C] = torch.inf
+            return gram_CC, torch.tensor(tried, dtype=torch.float64)
+
+        factor_CC, tried = self._shared(("inverse factor", damping), compute)
+        self.dampings = tried.tolist()
+        return factor_CC
+
+    def normalised(self, ridge: float, rho: float) -> Normalised:
+        """Return the unit-diagonal form with ``ridge mean(diag A)`` added to the diagonal, and ``(A + rho I)^-1``.
+
+        Raises:
+            RunError: when ``A + rho I`` is not positive definite even with a hundred times the ridge more.
+        """
+
+        def compute() -> tuple[Tensor, ...]:
+            gram_CC = self._statistic()
+            mirror_lower_(gram_CC)
+            norms_C = gram_CC.diagonal().sqrt() + 1e-8
+            gram_CC /= norms_C
+            gram_CC /= norms_C[:, None]
+            mean = float(gram_CC.diagonal().double().mean())
+            gram_CC.diagonal().add_(ridge * mean)
+            inverse_CC = gram_CC.clone()
+            extra = [0.0, *(ridge * step for step in LADDER[1:])]
+            tried = self._climb(inverse_, inverse_CC, [rho + step * mean for step in extra], 1.0)
+            return norms_C, gram_CC, inverse_CC, torch.tensor(tried, dtype=torch.float64) - rho + ridge * mean
+
+        norms_C, gram_CC, inverse_CC, tried = self._shared(("normalised", ridge, rho), compute)
+        self.dampings = tried.tolist()
+        return Normalised(norms_C, gram_CC, inverse_CC)
+
+    def _climb(
+        self,
+        factorise_: Callable[[Tensor, Sequence[float]], list[float]],
+        matrix_CC: Tensor,
+        dampings: list[float],
+        unit: float,
+    ) -> list[float]:
+        if not torch.isfinite(matrix_CC.diagonal()).all():
+            raise RunError("the Gram matrix is not finite: the activations of this linear overflowed float32")
+        try:
+            tried = factorise_(matrix_CC, [damping * unit for damping in dampings])
+        except NotPositiveDefinite as error:
+            raise RunError(
+                f"the Gram matrix is not positive definite even with {dampings[-1]:g} damping "
+                f"(tried {', '.join(f'{damping:g}' for damping in dampings)}); use more calibration samples, or raise "
+                "the damping or ridge"
+            ) from error
+        return dampings[: len(tried)]
+
+    def _statistic(self) -> Tensor:
+        assert self.statistic is not None, "the statistic was consumed by another form of the problem"
+        statistic, self.statistic = self.statistic, None
+        return statistic
+
+    def _shared(self, key: tuple[object, ...], compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if key not in self._answers:
+            if self.solvers.size == 1:
+                self._answers[key] = compute()
+            else:
+                root = self.solvers.rank == 0
+                computed = compute() if root else ()
+                received = broadcast(self.solvers, 0, tuple(tensor.cpu().numpy() for tensor in computed))
+                self._answers[key] = (
+                    computed if root else tuple(torch.from_numpy(np.array(array)).to(self.device) for array in received)
+                )
+        return self._answers[key]

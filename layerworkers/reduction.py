@@ -1,0 +1,60 @@
+"""Sums over partitions of the samples in one fixed binary tree, whatever worker holds which partition.
+
+Node (level, index) covers the partitions ``index * 2^level`` up to the next node's; it is the sum of its two children,
+left plus right, or its left child alone where the right one lies beyond the last partition. So the bits of the total
+depend on the number of partitions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Node:
+    """The sum over an aligned range of partitions."""
+
+    level: int
+    index: int
+    total: Tensor
+
+
+def fold(nodes: Iterable[Node]) -> list[Node]:
+    """Merge neighbours bottom-up as far as both halves are there; totals of left children are reused in place.
+
+    nodes: disjoint, of consecutive partitions, in order. Returned in order; at most two of each level remain.
+    """
+    stack: list[Node] = []
+    for node in nodes:
+        stack.append(node)
+        while len(stack) > 1 and _are_siblings(stack[-2], stack[-1]):
+            right, left = stack.pop(), stack.pop()
+            stack.append(Node(left.level + 1, left.index // 2, left.total.add_(right.total)))
+    return stack
+
+
+def _are_siblings(left: Node, right: Node) -> bool:
+    return left.level == right.level and left.index % 2 == 0 and right.index == left.index + 1
+
+
+def total(nodes: Iterable[Node], partitions: int) -> Tensor:
+    """Return the sum of all ``partitions``, given nodes that cover them in order.
+
+    A node whose right sibling lies beyond the last partition is lifted as it is, until one node is left.
+    """
+    stack = fold(nodes)
+    while len(stack) > 1 or stack[0].index > 0:
+        last = stack.pop()
+        stack = fold([*stack, Node(last.level + 1, last.index // 2, last.total)])
+    assert stack[0].index == 0
+    assert partitions <= 1 << max(stack[0].level, (partitions - 1).bit_length())
+    return stack[0].total
+
+
+def aligned_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:
+    """Split the partitions into one consecutive range (start, stop) per worker, sizes differing by at most one."""
+    bounds = [partitions * worker // workers for worker in range(workers + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))

@@ -1,0 +1,175 @@
+"""Tensors of a safetensors shard by byte range: headers, positioned reads, positioned writes.
+
+Nothing is mapped: a mapped page counts as memory of the process, a buffer that was read does only while it is held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from billhook.layerworkers.errors import InputError, RunError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""safetensors' dtype names that billhook reads as numbers; tensors of any other dtype are copied as bytes."""
+
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+"""Dtypes in which a linear can be pruned."""
+
+MAX_HEADER_BYTES = 100 << 20
+"""The safetensors format's own limit."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies on disk."""
+
+    name: str
+    path: str
+    """The shard that holds it."""
+    dtype: str
+    """As in the safetensors header, for example ``BF16``."""
+    shape: tuple[int, ...]
+    start_bytes: int
+    """Offset from the beginning of the file."""
+    stop_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of data."""
+        return self.stop_bytes - self.start_bytes
+
+
+def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
+    """Return the raw header of a shard (length field included) and its tensors, in file order.
+
+    Raises:
+        InputError: when the file is no safetensors file or is truncated.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise InputError(f"{path}: not a safetensors file: {size} bytes, expected at least 8; copy it again")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise InputError(
+                f"{path}: its header claims {length} bytes, the file has {size}: not a safetensors file, or truncated; "
+                "copy it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = [
+            TensorEntry(
+                name,
+                str(path),
+                info["dtype"],
+                tuple(info["shape"]),
+                8 + length + info["data_offsets"][0],
+                8 + length + info["data_offsets"][1],
+            )
+            for name, info in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: the safetensors header cannot be read ({error}); copy it again") from error
+    entries.sort(key=lambda entry: (entry.start_bytes, entry.stop_bytes))
+    end = entries[-1].stop_bytes if entries else 8 + length
+    if end != size:
+        raise InputError(
+            f"{path}: truncated or padded: its header describes {end} bytes, the file has {size}; copy it again"
+        )
+    return prefix + raw, entries
+
+
+def read_bytes(path: str, start_bytes: int, size_bytes: int) -> Tensor:
+    """Read a byte range into a fresh uint8 tensor [size_bytes].
+
+    Raises:
+        RunError: when the file ends early or cannot be read.
+    """
+    buffer = torch.empty(size_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < size_bytes:
+                count = os.preadv(descriptor, [view[done:]], start_bytes + done)
+                if count == 0:
+                    raise RunError(f"{path}: ends at byte {start_bytes + done}, expected {start_bytes + size_bytes}")
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(f"{path}: read failed: {error.strerror}; resume once the disk is well") from error
+    return buffer
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor in its dtype on disk, on the CPU; of a dtype that torch lacks, its bytes as uint8 [size]."""
+    data = read_bytes(entry.path, entry.start_bytes, entry.size_bytes)
+    dtype = DTYPES.get(entry.dtype)
+    return data if dtype is None else data.view(dtype).view(entry.shape)
+
+
+def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
+    """Read rows ``start`` to ``stop`` of a tensor whose first dimension is the rows, in its dtype on disk."""
+    row_bytes = entry.size_bytes // entry.shape[0]
+    data = read_bytes(entry.path, entry.start_bytes + start * row_bytes, (stop - start) * row_bytes)
+    return data.view(DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+
+
+def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
+    """Write a contiguous CPU tensor's bytes at an offset of an existing file.
+
+    Raises:
+        RunError: when the disk is full or fails.
+    """
+    view = memoryview(data.flatten().view(torch.uint8).numpy())
+    try:
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            done = 0
+            while done < len(view):
+                done += os.pwrite(descriptor, view[done:], start_bytes + done)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(f"{path}: write failed: {error.strerror}; resume with the same command once mended") from error
+
+
+def sync_file(path: str) -> None:
+    """Wait until the file's data is on the disk.
+
+    Raises:
+        RunError: when the disk says that it is not.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(f"{path}: sync failed: {error.strerror}; resume with the same command once mended") from error

@@ -1,0 +1,62 @@
+"""Which worker solves which rows of the linears of an input group. Never changes bytes, only time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from billhook.kernels.products import row_partitions
+from billhook.layerworkers.reduction import aligned_ranges
+
+FLOPS_PER_SECOND = 5e10
+"""Rate of one worker that the choice between the two ways assumes: about that of one CPU core in float32."""
+SECONDS_PER_EXCHANGE = 4e-3
+"""Time of one exchange of small messages between workers."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A linear to be solved."""
+
+    rows: int
+    flops: float
+    selections: int
+    """Collective selections that are needed when the rows lie on several workers."""
+
+
+Rows = tuple[int, int]
+"""Start and stop row; equal where a worker has none."""
+
+
+def share_out(linears: Sequence[Work], workers: int, partition_rows: int) -> list[list[Rows]]:
+    """Return, for each linear, the rows of each worker, in the order of the workers.
+
+    Either every linear is split by row partitions over all workers, or whole linears are dealt out, the largest
+    first to the least loaded: whichever is estimated to end first. Row ranges are unions of row partitions.
+    """
+    split = [_split(work.rows, workers, partition_rows) for work in linears]
+    dealt, dealt_flops = _deal(linears, workers)
+    split_seconds = sum(
+        work.flops * max(stop - start for start, stop in ranges) / work.rows / FLOPS_PER_SECOND
+        + 2 * work.selections * SECONDS_PER_EXCHANGE * (workers > 1)
+        for work, ranges in zip(linears, split, strict=True)
+    )
+    return split if split_seconds < dealt_flops / FLOPS_PER_SECOND else dealt
+
+
+def _split(rows: int, workers: int, partition_rows: int) -> list[Rows]:
+    partitions = list(row_partitions(rows, partition_rows))
+    return [
+        (partitions[start][0], partitions[stop - 1][1]) if stop > start else (0, 0)
+        for start, stop in aligned_ranges(len(partitions), workers)
+    ]
+
+
+def _deal(linears: Sequence[Work], workers: int) -> tuple[list[list[Rows]], float]:
+    load = [0.0] * workers
+    dealt: list[list[Rows]] = [[(0, 0)] * workers for _ in linears]
+    for index in sorted(range(len(linears)), key=lambda i: -linears[i].flops):
+        owner = load.index(min(load))
+        load[owner] += linears[index].flops
+        dealt[index][owner] = (0, linears[index].rows)
+    return dealt, max(load)

@@ -1,0 +1,115 @@
+"""What the driver tells a worker, and what a worker tells back: plain frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from billhook.layerworkers.patterns import Pattern
+from billhook.layerworkers.shards import TensorEntry
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """How a worker computes, for its whole life."""
+
+    folder: str
+    """The source model's folder."""
+    dtype: str
+    """Compute dtype, a torch name such as ``bfloat16``."""
+    device: str
+    """``cpu`` or ``cuda``."""
+    threads: int
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One calibration sample or evaluation window."""
+
+    index: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModuleTensor:
+    """A tensor on disk and the parameter or buffer of the skeleton that it becomes."""
+
+    module_name: str
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class StemTask:
+    """What surrounds the blocks: small parameters to load, and the matrices that are read by rows."""
+
+    tensors: tuple[ModuleTensor, ...]
+    embedding: TensorEntry
+    head: TensorEntry
+
+
+@dataclass(frozen=True)
+class LinearTask:
+    """One linear to be pruned."""
+
+    disk_name: str
+    """Name of its weight on disk."""
+    name: str
+    """Name of the module within the block."""
+    pattern: Pattern
+    method: str
+    options: dict[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block: its tensors, the linears to prune, and where the result is written."""
+
+    index: int
+    tensors: tuple[ModuleTensor, ...]
+    others: tuple[TensorEntry, ...]
+    """Tensors on disk that belong to the block but to no parameter of it: copied only."""
+    linears: tuple[LinearTask, ...]
+    output: str
+    """Folder of the output; a tensor goes to the same shard and offset as in the source, in a ``.part`` file."""
+    partition_samples: int
+    """Consecutive samples whose statistics are summed together."""
+    partitions: int
+    """Partitions of the samples, over all workers."""
+    partition_rows: int
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """How one linear came out."""
+
+    name: str
+    """Name of its weight on disk."""
+    shape: tuple[int, int]
+    pattern: str
+    method: str
+    removed: int
+    """Entries that the method chose to remove: exactly what the pattern asks for."""
+    zeros: int
+    """Zeros as written: more than ``removed`` only where kept weights were or became 0."""
+    error: float
+    """Relative squared error of the linear's output, as the method measures it (see its docstring)."""
+    dampings: tuple[float, ...]
+    """Relative dampings or ridges tried until the factorisation succeeded; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How one block came out; the same on every worker."""
+
+    index: int
+    linears: tuple[LinearReport, ...]
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """Mean cross-entropy of one evaluation window, in nats per target token."""
+
+    index: int
+    nats: float
+    targets: int

@@ -1,0 +1,220 @@
+"""The source checkpoint: which files it has, which tensors they hold, and what else travels along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.shards import TensorEntry, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".part"}
+"""Files with these suffixes hold weights: those in the index are rewritten, others are not carried over."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    header: bytes
+    """Length field and JSON, as they are in the file: a shard of the output begins with the same bytes."""
+    entries: tuple[TensorEntry, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors shards with their index, config and tokenizer."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    others: tuple[str, ...]
+    """Names of the files beside the shards that are carried over (config, tokenizer, index, code, licence)."""
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """All tensors by name."""
+        return {entry.name: entry for shard in self.shards for entry in shard.entries}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    def sha256(self) -> str:
+        """Return a hash of the headers and of 4 KiB at up to 16 places of each shard: cheap, and finds a swapped file."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(shard.name.encode() + shard.header)
+            with (self.folder / shard.name).open("rb") as file:
+                for step in range(16):
+                    file.seek(len(shard.header) + (shard.size_bytes - len(shard.header)) * step // 16)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()
+
+
+def resolve_model(model: str | Path) -> Path:
+    """Return the folder of a model given as a folder or as a Hugging Face hub id (downloaded into the hub's cache).
+
+    Raises:
+        InputError: when there is no such folder, or the hub does not answer.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise InputError(f"{model}: is a file; expected a Hugging Face model folder or a hub id")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
+        raise InputError(f"{model}: no such folder; expected a Hugging Face model folder or a hub id such as org/name")
+    return _download(str(model))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{hub_id}: no such folder, and the Hugging Face hub gave no model of this name: {first_line}"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json as plain JSON.
+
+    Raises:
+        InputError: when it is missing or no JSON object, or says that the model is quantised.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise InputError(
+            f"{path}: quantization_config names the method {method!r}; quantised weights cannot be pruned. Load the model "
+            "with AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16'), call model.dequantize(), save it with "
+            "save_pretrained, and prune that"
+        )
+    return config
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the index and all headers; no tensor data is read.
+
+    Raises:
+        InputError: for an empty folder, no safetensors, a shard that is missing, truncated or outside the folder, or
+            an index that disagrees with the shards.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    files = sorted(path.name for path in folder.iterdir())
+    if not files:
+        raise InputError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
+    weight_map = _read_index(folder / INDEX_NAME) if INDEX_NAME in files else None
+    if weight_map is None and SINGLE_NAME not in files:
+        _refuse_without_safetensors(folder, files)
+    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+    shards = tuple(_open_shard(folder, name) for name in names)
+    _check_names(folder, shards, weight_map)
+    others = tuple(name for name in files if (folder / name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES)
+    return Checkpoint(folder, shards, others)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a safetensors index: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{path}: weight_map must map tensor names to file names")
+    for tensor, name in weight_map.items():
+        if Path(name).name != name or name in {".", ".."} or Path(name).suffix != ".safetensors":
+            raise InputError(
+                f"{path}: tensor {tensor} lies in {name!r}; expected the plain name of a .safetensors file in the folder"
+            )
+    return weight_map
+
+
+def _refuse_without_safetensors(folder: Path, files: list[str]) -> None:
+    pickles = [name for name in files if Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    if pickles:
+        raise InputError(
+            f"{folder}: only pickled weights ({pickles[0]}), which run code when they are read; convert them with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which writes safetensors"
+        )
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        raise InputError(
+            f"{folder}: only GGUF weights ({ggufs[0]}); load them with from_pretrained(..., gguf_file={ggufs[0]!r}) and "
+            "save the result as safetensors (examples/demo.py does so)"
+        )
+    raise InputError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME}; expected a Hugging Face model folder")
+
+
+def open_file(path: Path) -> Shard:
+    """Read and check one safetensors file's header.
+
+    Raises:
+        InputError: when the file is no valid safetensors file or is truncated.
+    """
+    header, entries = read_header(path)
+    _validate(path)
+    return Shard(path.name, header, tuple(entries), os.stat(path).st_size)
+
+
+def _open_shard(folder: Path, name: str) -> Shard:
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{path}: the index names this shard, but it is missing; download it again")
+    # The hub's cache holds links to files elsewhere in the cache: a link may leave the folder, a name may not.
+    return open_file(path)
+
+
+def _validate(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", backend="pread"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a valid safetensors file: {error}; copy it again") from error
+
+
+def _check_names(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> None:
+    found: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            if entry.name in found:
+                raise InputError(f"{folder}: tensor {entry.name} lies in both {found[entry.name]} and {shard.name}")
+            found[entry.name] = shard.name
+    if weight_map is None:
+        return
+    for tensor, name in weight_map.items():
+        if found.get(tensor) != name:
+            where = f"lies in {found[tensor]}" if tensor in found else "is in no shard"
+            raise InputError(f"{folder / INDEX_NAME}: tensor {tensor} should lie in {name}, but it {where}")

@@ -1,0 +1,285 @@
+"""The ``billhook`` command: a thin skin over the Python interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as signatures
+import json
+import signal
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, UnionType
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from billhook.layerworkers.errors import InputError, RunError
+from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
+
+app = typer.Typer(
+    name="billhook",
+    help="Prune large language models that do not fit in memory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # markup would read N:M: as an emoji
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hugging Face hub id.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML file of the options below.")]
+
+
+def main() -> None:
+    """Run the command line; see ``docs/cli.md`` for the exit codes."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except InputError as error:
+        code = _fail(error, 2)
+    except RunError as error:
+        code = _fail(error, 1)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; the same command goes on from the last finished block", 130)
+    sys.exit(code)
+
+
+def _fail(reason: object, code: int) -> int:
+    print(f"billhook: {reason}", file=sys.stderr)
+    return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each key of :class:`Recipe` and :class:`Resources`, passed on as ``given``."""
+    parameters = [
+        parameter
+        for parameter in signatures.signature(command, eval_str=True).parameters.values()
+        if parameter.name != "given"
+    ]
+    fields = {**Recipe.model_fields, **Resources.model_fields}
+    for model in (Recipe, Resources):
+        parameters += [_parameter(name, model) for name in model.model_fields]
+
+    def run(**arguments: Any) -> None:
+        given = {key: arguments.pop(key) for key in fields}
+        command(**arguments, given=_given(given))
+
+    run.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
+    field = model.model_fields[name]
+    kind, flag = _option_type(field.annotation), f"--{name.replace('_', '-')}"
+    text = field.description or ""
+    if field.default not in (None, (), PydanticUndefined):
+        text += f" [default: {field.default}]"
+    if name == "options":
+        option = typer.Option("--set", metavar="NAME=VALUE", help=text + " May be repeated.")
+    elif name == "workers":
+        option = typer.Option(flag, metavar="N|auto", help=text)
+    elif kind == bool | None:
+        option = typer.Option(flag, help=text, show_default=False)
+    else:
+        option = typer.Option(flag, help=text)
+    return signatures.Parameter(
+        name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+    )
+
+
+def _option_type(annotation: Any) -> Any:
+    """Return what typer parses a recipe key as; None is always allowed and means: not given."""
+    if annotation == int | Literal["auto"]:
+        return str | None
+    if typing.get_origin(annotation) in (dict, tuple):
+        return list[str] | None
+    if isinstance(annotation, UnionType):
+        return annotation
+    return annotation | None if isinstance(annotation, type) else typing.Optional[annotation]  # noqa: UP045 - Literal
+
+
+def _given(values: dict[str, Any]) -> RunOptions:
+    """Return the options that were given, in the types that the recipe takes."""
+    given = {key: value for key, value in values.items() if value is not None and value != []}
+    if "options" in given:
+        given["options"] = dict(_name_and_value(text) for text in given["options"])
+    for key in ("include", "exclude"):
+        if key in given:
+            given[key] = tuple(given[key])
+    if "workers" in given and given["workers"] != "auto":
+        try:
+            given["workers"] = int(given["workers"])
+        except ValueError as error:
+            raise InputError(f"--workers {given['workers']}: expected a number or 'auto'") from error
+    return typing.cast(RunOptions, given)
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text}: expected NAME=VALUE, as damping=0.01")
+    return name.strip(), value.strip()
+
+
+@app.command("plan")
+@with_run_options
+def plan_command(model: ModelArgument, recipe: RecipeFile = None, json_output: Json = False, *, given: Any) -> None:
+    """Say what prune would do: matches, memory, bytes, time. Touches no weights."""
+    from billhook.orchestrator.planning import plan
+    from billhook.orchestrator.printing import plan_as_json, plan_as_text
+
+    made = plan(model, recipe=recipe, **given)
+    print(json.dumps(plan_as_json(made), indent=1) if json_output else plan_as_text(made))
+
+
+@app.command("prune")
+@with_run_options
+def prune_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sparse checkpoint.")],
+    recipe: RecipeFile = None,
+    json_output: Json = False,
+    *,
+    given: Any,
+) -> None:
+    """Prune a model into OUT, or go on with an interrupted run of the same plan."""
+    from billhook.orchestrator.driver import prune
+    from billhook.orchestrator.printing import gibibytes
+    from billhook.orchestrator.progress import shown_progress
+
+    with shown_progress() as progress:
+        result = prune(model, output, recipe=recipe, progress=progress, **given)
+    if json_output:
+        _print_json(
+            {
+                "sparsity": result.sparsity,
+                "seconds": result.seconds,
+                "peak_bytes": result.peak_bytes,
+                "output": str(result.output),
+                "blocks": result.blocks,
+                "already_finished": result.already_finished,
+                "linears": [dataclasses.asdict(linear) for linear in result.linears],
+            }
+        )
+    elif result.already_finished:
+        print(f"{result.output}: this run had already finished; nothing was done")
+    else:
+        print(
+            f"{result.output}: {len(result.linears)} linears in {result.blocks} blocks at sparsity {result.sparsity:.4f}, "
+            f"{result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
+        )
+
+
+@app.command("verify")
+def verify_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Finished output of prune.")],
+    against: Annotated[str | None, typer.Option(help="Source model; default: where it was when it was pruned.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Re-read a finished checkpoint and check every promise that can be checked."""
+    from billhook.orchestrator.verification import verify
+
+    found = verify(output, against=against)
+    if json_output:
+        _print_json(dataclasses.asdict(found))
+    else:
+        for problem in found.problems:
+            print(f"{problem.name}: {problem.reason}")
+        compared = f"compared with {found.against}" if found.against else "source not found: not compared with it"
+        print(f"{output}: {'ok' if found.ok else 'NOT OK'}, {found.checked_tensors} tensors, {compared}")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, hub id or .safetensors file.")],
+    json_output: Json = False,
+) -> None:
+    """Show sparsity and pattern of every tensor of a safetensors checkpoint."""
+    from billhook.orchestrator.inspection import inspect
+    from billhook.orchestrator.printing import inspection_as_text
+
+    found = inspect(checkpoint)
+    if json_output:
+        _print_json(dataclasses.asdict(found))
+    else:
+        print(inspection_as_text(found))
+
+
+@app.command("eval")
+def eval_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Model folder or hub id.")],
+    text: Annotated[str, typer.Option(help="Text file, JSONL file or Hugging Face dataset.")],
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; default min(2048, context).")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows; default: all that the text has.")] = None,
+    field: Annotated[str, typer.Option(help="Field that holds the text, in JSONL files and datasets.")] = "text",
+    bos: Annotated[Literal["auto", "always", "never"], typer.Option(help="Start every window with BOS.")] = "auto",
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Compute dtype.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads per worker.")] = 1,
+    workers: Annotated[str, typer.Option(metavar="N|auto", help="Workers.")] = "auto",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start one here.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Compute a checkpoint's perplexity on a text, one block in memory at a time."""
+    from billhook.orchestrator.evaluation import evaluate
+    from billhook.orchestrator.printing import gibibytes
+    from billhook.orchestrator.progress import shown_progress
+
+    with shown_progress() as progress:
+        result = evaluate(
+            checkpoint,
+            text,
+            seqlen=seqlen,
+            windows=windows,
+            field=field,
+            bos=bos,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            workers=_given({"workers": workers})["workers"],
+            address=address,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json_output:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} on {result.windows} windows of {result.seqlen} tokens, "
+            f"{result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
+        )
+
+
+@app.command("methods")
+def methods_command(json_output: Json = False) -> None:
+    """List the pruning methods and their options."""
+    from billhook.orchestrator.printing import methods_as_json, methods_as_text
+
+    if json_output:
+        _print_json(methods_as_json())
+    else:
+        print(methods_as_text())
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, default=str))

@@ -1,0 +1,95 @@
+"""Perplexity of a checkpoint, streamed: every worker holds one block at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.reduction import aligned_ranges
+from billhook.layerworkers.tasks import Sample, WindowLoss
+from billhook.orchestrator.calibration import (
+    CHARACTERS_PER_TOKEN,
+    default_seqlen,
+    evaluation_windows,
+    load_tokenizer,
+    read_text,
+)
+from billhook.orchestrator.model import open_model, resolve_workers
+from billhook.orchestrator.planning import check_context
+from billhook.orchestrator.workers import Progress, Workers, no_progress, worker_pool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of a checkpoint on a text."""
+
+    perplexity: float
+    """``exp`` of the mean over windows of the mean cross-entropy of a window's targets."""
+    windows: int
+    tokens: int
+    """Targets, over all windows."""
+    seqlen: int
+    seconds: float
+    peak_bytes: dict[str, int]
+
+
+def evaluate(
+    checkpoint: str | Path,
+    text: str | Path,
+    *,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    field: str = "text",
+    bos: Literal["auto", "always", "never"] = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 1,
+    workers: int | Literal["auto"] = "auto",
+    address: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compute the perplexity of ``checkpoint`` on the first ``windows`` non-overlapping windows of a text.
+
+    text: a text file, JSONL file or Hugging Face dataset. seqlen: tokens of a window, default min(2048, context).
+    windows: default all that the text has.
+
+    Raises:
+        InputError: the request or the input is wrong.
+        RunError: a worker failed.
+    """
+    begin = time.monotonic()
+    if windows is not None and windows < 1:
+        raise InputError(f"--windows {windows}: expected at least 1")
+    if seqlen is not None and seqlen < 2:
+        raise InputError(f"--seqlen {seqlen}: expected at least 2 tokens, since the first is no target")
+    model = open_model(checkpoint, device, dtype, trust_remote_code)
+    length = seqlen or default_seqlen(model.config)
+    check_context(length, model.config)
+    tokenizer = load_tokenizer(model.checkpoint.folder, trust_remote_code)
+    content = read_text(str(text), field, (windows or 64) * length * CHARACTERS_PER_TOKEN)
+    cut = evaluation_windows(tokenizer, content, length, windows, bos, str(text))
+    samples = [Sample(index, tokens) for index, tokens in enumerate(cut.tokens)]
+    count = resolve_workers(workers, model.device, threads, len(samples))
+    blocks = model.layout.blocks
+    report = progress or no_progress
+    with worker_pool(model, Workers(count, threads, address), 0, report) as (pool, memory):
+        shares = [samples[start:stop] for start, stop in aligned_ranges(len(samples), count)]
+        pool.call_each("start", [(model.layout.stem, share) for share in shares])
+        for block in blocks:
+            pool.call("forward_block", block.index, block.tensors)
+            report("eval", block.index + 1, len(blocks), "")
+        losses: list[WindowLoss] = [loss for own in pool.call("losses") for loss in own]
+        vram = max(pool.call("peak_vram_bytes"))
+    return Evaluation(
+        math.exp(math.fsum(loss.nats for loss in losses) / len(losses)),
+        len(losses),
+        sum(loss.targets for loss in losses),
+        length,
+        time.monotonic() - begin,
+        {"vram": vram, "ram": memory.peak_bytes, "disk": 0},
+    )

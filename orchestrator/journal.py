@@ -1,0 +1,86 @@
+"""The journal of a run: one checksummed JSON line for each thing that is done for good."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from billhook.layerworkers.errors import RunError
+
+FOLDER = "billhook"
+"""Folder within the output that holds everything that is not the checkpoint."""
+
+Line = dict[str, Any]
+
+
+def journal_path(output: Path) -> Path:
+    """Return where an output's journal lies."""
+    return output / FOLDER / "journal.jsonl"
+
+
+def read_journal(output: Path) -> list[Line]:
+    """Return the committed lines: those before the first that is torn or fails its checksum."""
+    try:
+        raw = journal_path(output).read_bytes()
+    except FileNotFoundError:
+        return []
+    lines: list[Line] = []
+    for text in raw.split(b"\n")[:-1]:
+        line = _checked(text)
+        if line is None:
+            break
+        lines.append(line)
+    return lines
+
+
+def append(output: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Append one line and wait until it is on the disk: from then on it holds.
+
+    Whatever lies after the last good line, such as a torn one, is cut off first.
+
+    Raises:
+        RunError: when the disk is full or fails.
+    """
+    path = journal_path(output)
+    good = sum(len(_encode(line)) for line in read_journal(output))
+    data = _encode({"kind": kind, **content})
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, good)
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], good + done)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path}: write failed: {error.strerror}; run the same command again once mended") from error
+
+
+def _encode(line: Line) -> bytes:
+    body = json.dumps(line, sort_keys=True, separators=(",", ":"))
+    check = hashlib.sha256(body.encode()).hexdigest()[:16]
+    return f'{body[:-1]},"check":"{check}"}}\n'.encode()
+
+
+def _checked(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text)
+        line.pop("check")
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return line if _encode(line) == text + b"\n" else None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""How a checkpoint's tensors belong to the model: stem, blocks, linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.shards import FLOAT_DTYPES, TensorEntry
+from billhook.layerworkers.skeleton import Skeleton
+from billhook.layerworkers.tasks import ModuleTensor, StemTask
+from billhook.orchestrator.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear inside a block."""
+
+    disk_name: str
+    name: str
+    """Name of the module within the block."""
+    shape: tuple[int, int]
+    """Outputs, inputs."""
+    group: int
+    """Number of the input tensor, within the block, that it shares with others."""
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block has on disk."""
+
+    index: int
+    tensors: tuple[ModuleTensor, ...]
+    others: tuple[TensorEntry, ...]
+    """Tensors of the block that are no parameter of the module."""
+    linears: tuple[Linear, ...]
+    """In execution order."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of a checkpoint by their place in the model."""
+
+    stem: StemTask
+    blocks: tuple[Block, ...]
+    rest: tuple[TensorEntry, ...]
+    """Every tensor outside the blocks."""
+
+
+def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
+    """Match tensors on disk with the model's parameters.
+
+    Raises:
+        InputError: when a parameter has no tensor, or one of another shape.
+    """
+    names = skeleton.module_names(list(checkpoint.tensors))
+    parameters = dict(skeleton.model.named_parameters()) | dict(skeleton.model.named_buffers())
+    by_module: dict[str, TensorEntry] = {}
+    for disk_name, module_name in names.items():
+        entry = checkpoint.tensors[disk_name]
+        if module_name in parameters:
+            expected = tuple(parameters[module_name].shape)
+            if entry.shape != expected:
+                raise InputError(
+                    f"{entry.path}: tensor {disk_name} has shape {list(entry.shape)}, config.json implies {list(expected)}"
+                )
+            by_module[module_name] = entry
+    blocks = tuple(_block(checkpoint, skeleton, index, names, by_module) for index in range(len(skeleton.blocks)))
+    in_blocks = {tensor.entry.name for block in blocks for tensor in block.tensors}
+    in_blocks |= {entry.name for block in blocks for entry in block.others}
+    return Layout(
+        _stem(checkpoint, skeleton, by_module, names),
+        blocks,
+        tuple(entry for entry in checkpoint.tensors.values() if entry.name not in in_blocks),
+    )
+
+
+def _stem(
+    checkpoint: Checkpoint, skeleton: Skeleton, by_module: dict[str, TensorEntry], names: dict[str, str]
+) -> StemTask:
+    needed = list(skeleton.stem_parameters())
+    missing = [name for name in needed if name not in by_module]
+    if missing:
+        raise InputError(f"{checkpoint.folder}: no tensor for the parameter {missing[0]}; is a shard missing?")
+    embedding = by_module.get(skeleton.embedding_name())
+    # A tied model may store the matrix under the head's name only: renaming leaves that name as it is on disk.
+    head = by_module.get(skeleton.head_name()) or next(
+        (checkpoint.tensors[disk] for disk in names if disk in {"lm_head.weight", "embed_out.weight"}), None
+    )
+    embedding, head = embedding or head, head or embedding
+    if embedding is None or head is None:
+        raise InputError(f"{checkpoint.folder}: no tensor for the parameter {skeleton.embedding_name()}")
+    return StemTask(tuple(ModuleTensor(name, by_module[name]) for name in needed), embedding, head)
+
+
+def _block(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    index: int,
+    names: dict[str, str],
+    by_module: dict[str, TensorEntry],
+) -> Block:
+    prefix = f"{skeleton.blocks_path}.{index}."
+    module = skeleton.blocks[index]
+    missing = [name for name, _ in module.named_parameters() if prefix + name not in by_module]
+    if missing:
+        raise InputError(f"{checkpoint.folder}: no tensor for the parameter {prefix}{missing[0]}; is a shard missing?")
+    tensors = tuple(ModuleTensor(name, entry) for name, entry in by_module.items() if name.startswith(prefix))
+    matched = {tensor.entry.name for tensor in tensors}
+    others = tuple(
+        checkpoint.tensors[disk] for disk, name in names.items() if name.startswith(prefix) and disk not in matched
+    )
+    linears = []
+    for group, members in enumerate(skeleton.facts(index).input_groups):
+        for name in members:
+            entry = by_module[f"{prefix}{name}.weight"]
+            if entry.dtype in FLOAT_DTYPES:
+                linears.append(Linear(entry.name, name, (entry.shape[0], entry.shape[1]), group, entry.dtype))
+    return Block(index, tensors, others, tuple(linears))

@@ -1,0 +1,81 @@
+"""A model opened from its folder: checkpoint, config and layout; no weight is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.skeleton import Skeleton
+from billhook.layerworkers.tasks import WorkerSetup
+from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, read_config, resolve_model
+from billhook.orchestrator.layout import Layout, lay_out
+
+
+@dataclass(frozen=True)
+class Model:
+    """A source model and how it is computed with."""
+
+    checkpoint: Checkpoint
+    config: Any
+    """The transformers config."""
+    layout: Layout
+    device: str
+    """``cpu`` or ``cuda``."""
+    dtype: str
+    """Compute dtype, a torch name."""
+    trust_remote_code: bool
+
+    def worker_setup(self, threads: int) -> WorkerSetup:
+        """Return how a worker with ``threads`` CPU threads computes with this model."""
+        return WorkerSetup(str(self.checkpoint.folder), self.dtype, self.device, threads, self.trust_remote_code)
+
+
+def open_model(model: str | Path, device: str, dtype: str, trust_remote_code: bool) -> Model:
+    """Open a folder or hub id; ``device`` and ``dtype`` may be ``auto``.
+
+    Raises:
+        InputError: for anything wrong with the model.
+    """
+    device = _resolve_device(device)
+    folder = resolve_model(model)
+    if not any(folder.iterdir()):
+        raise InputError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
+    read_config(folder)
+    checkpoint = open_checkpoint(folder)
+    dtype = _resolve_dtype(dtype, device, checkpoint)
+    skeleton = Skeleton(folder, getattr(torch, dtype), torch.device("cpu"), trust_remote_code)
+    return Model(checkpoint, skeleton.config, lay_out(checkpoint, skeleton), device, dtype, trust_remote_code)
+
+
+def resolve_workers(workers: int | str, device: str, threads: int, useful: int) -> int:
+    """Return the number of workers; ``auto`` is one per GPU, or per ``threads`` CPU cores, and ``useful`` at most."""
+    if isinstance(workers, int):
+        return workers
+    available = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0)) // threads
+    return max(1, min(available, useful))
+
+
+def _resolve_device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
+    """Return the compute dtype's torch name; ``auto`` is that of most of the checkpoint's bytes."""
+    if dtype != "auto":
+        return dtype
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+    main = max(sizes, key=lambda name: sizes[name], default="F32")
+    if main == "F16" and device == "cpu":
+        return "float32"  # float16 products are several times slower than float32 ones on CPUs
+    return {"BF16": "bfloat16", "F16": "float16"}.get(main, "float32")

@@ -1,0 +1,177 @@
+"""The output folder: shards that grow in place, what is carried over, the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.shards import TensorEntry, read_bytes, sync_file, write_bytes
+from billhook.orchestrator.checkpoint import Checkpoint
+from billhook.orchestrator.journal import FOLDER, journal_path
+
+COPY_BYTES = 16 << 20
+"""Bytes that are held while a tensor is copied."""
+
+MANIFEST = "manifest.json"
+CARD = "README.md"
+
+
+def is_ours(output: Path) -> bool:
+    """Whether the folder holds a run of ours, finished or not."""
+    return journal_path(output).is_file()
+
+
+def check_free(output: Path, source: Path) -> None:
+    """Check that the output may be written to.
+
+    Raises:
+        InputError: when it is the source or inside it, a file, or a folder with somebody else's files.
+    """
+    resolved = output.resolve()
+    if resolved == source.resolve() or source.resolve() in resolved.parents:
+        raise InputError(f"-o {output}: is the source model's folder or inside it; choose another folder")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"-o {output}: is a file; choose a folder")
+    if output.is_dir() and any(output.iterdir()) and not is_ours(output):
+        raise InputError(f"-o {output}: the folder is not empty and holds no billhook run; choose another or empty it")
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the output for this process; a dead process holds nothing.
+
+    Raises:
+        InputError: when another process holds it.
+    """
+    private = output / FOLDER
+    try:
+        private.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(private / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise InputError(f"-o {output}: cannot be written to: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"-o {output}: another billhook is writing to it; wait for it, or choose another"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def create_shards(output: Path, checkpoint: Checkpoint) -> None:
+    """Create every shard as a ``.part`` file of its final size that begins with the source's header.
+
+    Raises:
+        RunError: when the disk is full or fails.
+    """
+    try:
+        for shard in checkpoint.shards:
+            with (output / f"{shard.name}.part").open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size_bytes)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"{output}: creating the shards failed: {error.strerror}") from error
+
+
+def remove_output(output: Path) -> None:
+    """Remove what a run without a committed block left, and the folder itself."""
+    shutil.rmtree(output, ignore_errors=True)
+
+
+def copy_tensors(entries: Sequence[TensorEntry], output: Path) -> None:
+    """Copy tensors byte for byte to the same shard and offset of the output, and sync.
+
+    Raises:
+        RunError: when a disk fails.
+    """
+    touched = set()
+    for entry in entries:
+        path = f"{output}/{Path(entry.path).name}.part"
+        touched.add(path)
+        for start in range(entry.start_bytes, entry.stop_bytes, COPY_BYTES):
+            size = min(COPY_BYTES, entry.stop_bytes - start)
+            write_bytes(path, start, read_bytes(entry.path, start, size))
+    for path in sorted(touched):
+        sync_file(path)
+
+
+def seal(output: Path, checkpoint: Checkpoint, card: str) -> None:
+    """Give the shards their names and add the files that travel along.
+
+    Raises:
+        RunError: when a disk fails.
+    """
+    try:
+        for shard in checkpoint.shards:
+            part = output / f"{shard.name}.part"
+            if part.exists():
+                part.rename(output / shard.name)
+        for name in checkpoint.others:
+            if name != CARD:
+                shutil.copyfile(checkpoint.folder / name, output / name)
+        (output / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"{output}: finishing failed: {error.strerror}; run the same command again once mended"
+        ) from error
+
+
+def write_manifest(output: Path, content: Mapping[str, Any]) -> str:
+    """Write the manifest, with the sha256 of every file beside the private folder; return its own sha256.
+
+    Raises:
+        RunError: when the disk fails.
+    """
+    files = {path.name: sha256_of(path) for path in sorted(output.iterdir()) if path.is_file()}
+    data = json.dumps({**content, "files": files}, indent=1, sort_keys=True, default=_plain) + "\n"
+    path = output / FOLDER / MANIFEST
+    try:
+        path.write_text(data, encoding="utf-8")
+        sync_file(str(path))
+    except OSError as error:
+        raise RunError(f"{path}: write failed: {error.strerror}; run the same command again once mended") from error
+    return hashlib.sha256(data.encode()).hexdigest()
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """Read the manifest.
+
+    Raises:
+        InputError: when there is none, or it is no JSON object.
+    """
+    path = output / FOLDER / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{output}: no {FOLDER}/{MANIFEST}: not a finished checkpoint of billhook") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} in the manifest")

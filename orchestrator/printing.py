@@ -1,0 +1,128 @@
+"""Plans, inspections and methods as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from billhook.layerworkers.methods import METHODS
+from billhook.orchestrator.inspection import Inspection
+from billhook.orchestrator.layout import Linear
+from billhook.orchestrator.planning import Plan
+
+
+def gibibytes(size_bytes: float) -> str:
+    """Return a size as text, in GiB from 0.1 GiB up and in MiB below."""
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 / 10 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan's document."""
+    estimate = plan.estimate
+    return {
+        "model": str(plan.model.checkpoint.folder),
+        "method": plan.recipe.method,
+        "options": plan.options,
+        "pattern": str(plan.pattern),
+        "sparsity": float(plan.pattern.sparsity),
+        "dtype": plan.recipe.dtype,
+        "device": plan.recipe.device,
+        "workers": plan.workers.count,
+        "samples": plan.recipe.samples if plan.method.statistic is not None else 0,
+        "seqlen": plan.recipe.seqlen,
+        "blocks": len(plan.model.layout.blocks),
+        "linears": [
+            {"name": linear.disk_name, "shape": list(linear.shape), "block": block.index}
+            for block, linears in zip(plan.model.layout.blocks, plan.linears, strict=True)
+            for linear in linears
+        ],
+        "skipped": [linear.disk_name for linear in plan.skipped],
+        "unknown": list(plan.unknown),
+        **dataclasses.asdict(estimate),
+    }
+
+
+def plan_as_text(plan: Plan) -> str:
+    """Return the plan as a page for a person."""
+    estimate, recipe = plan.estimate, plan.recipe
+    chosen = [linear for linears in plan.linears for linear in linears]
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in chosen)
+    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+    lines = [
+        f"model      {plan.model.checkpoint.folder}",
+        f"           {len(plan.model.layout.blocks)} blocks, {gibibytes(plan.model.checkpoint.size_bytes)} in "
+        f"{len(plan.model.checkpoint.shards)} shard(s)",
+        f"method     {recipe.method}{f' ({options})' if options else ''}, pattern {plan.pattern}, "
+        f"sparsity {float(plan.pattern.sparsity):g}",
+        f"prunes     {len(chosen)} linears, {weights:,} weights: {', '.join(_kinds(chosen))}",
+        f"leaves     {len(plan.skipped)} linears in the blocks"
+        + (f": {', '.join(_kinds(list(plan.skipped)))}" if plan.skipped else ""),
+    ]
+    if plan.unknown:
+        lines.append(
+            f"copies     {len(plan.unknown)} tensors in blocks that the model does not use: {plan.unknown[0]} ..."
+        )
+    if plan.method.statistic is not None:
+        lines.append(
+            f"calibrates {recipe.samples} samples of {recipe.seqlen} tokens from {recipe.calibration or '(not given)'}"
+        )
+    where = f"the Ray cluster at {plan.workers.address}" if plan.workers.address else "this machine"
+    lines += [
+        f"runs       {plan.workers.count} {recipe.device} worker(s) of {recipe.threads} thread(s), {recipe.dtype}, on {where}",
+        f"reads      {gibibytes(estimate.bytes_read)}, writes {gibibytes(estimate.bytes_written)}",
+        f"computes   {estimate.flops:.3g} FLOP, about {_duration(estimate.seconds)}",
+        f"peaks      RAM {gibibytes(estimate.peak_bytes['ram'])}, "
+        f"GPU {gibibytes(estimate.peak_bytes['vram'])}, disk {gibibytes(estimate.peak_bytes['disk'])}"
+        + ("" if estimate.fits else "  -- DOES NOT FIT this machine"),
+    ]
+    return "\n".join(lines)
+
+
+def inspection_as_text(found: Inspection) -> str:
+    """Return an inspection as a table."""
+    width = max((len(fact.name) for fact in found.tensors), default=4)
+    rows = [
+        f"{fact.name:<{width}}  {'x'.join(map(str, fact.shape)):>14}  {fact.dtype:>5}  {fact.sparsity:8.4f}  {fact.pattern}"
+        for fact in found.tensors
+    ]
+    head = f"{'tensor':<{width}}  {'shape':>14}  {'dtype':>5}  {'sparsity':>8}  pattern"
+    return "\n".join(
+        [head, *rows, f"sparsity of the sparse matrices {found.sparsity:.4f}, {gibibytes(found.size_bytes)}"]
+    )
+
+
+def methods_as_json() -> list[dict[str, Any]]:
+    """Return the table of methods."""
+    return [
+        {
+            "name": method.name,
+            "source": method.source,
+            "summary": method.summary,
+            "statistics": [method.statistic.name] if method.statistic is not None else [],
+            "options": {field.name: field.default for field in dataclasses.fields(method.options)},
+        }
+        for method in METHODS.values()
+    ]
+
+
+def methods_as_text() -> str:
+    """Return the table of methods for a person."""
+    blocks = []
+    for method in methods_as_json():
+        options = ", ".join(f"{name}={value}" for name, value in method["options"].items()) or "none"
+        needs = ", ".join(method["statistics"]) or "nothing"
+        blocks.append(
+            f"{method['name']}: {method['summary']}\n  source   {method['source']}\n  needs    {needs}\n  options  {options}"
+        )
+    return "\n".join(blocks)
+
+
+def _kinds(linears: list[Linear]) -> list[str]:
+    """Return each kind of linear once, with its shape."""
+    return list(dict.fromkeys(f"{linear.name} {linear.shape[0]}x{linear.shape[1]}" for linear in linears))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,165 @@
+"""What a user asks for: the recipe (all that bytes depend on) and the resources (all that they do not)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from billhook.layerworkers.errors import InputError
+
+Value = bool | int | float | str
+
+
+class Recipe(BaseModel):
+    """Everything asked for that decides the bytes of the output."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field("sparsegpt", description="Pruning method: see 'billhook methods'.")
+    sparsity: float | None = Field(None, description="Share of weights to remove, in [0, 1); default 0.5.")
+    pattern: str = Field("unstructured", description="'unstructured', or N:M: N weights kept of every M, as 2:4.")
+    options: dict[str, Value] = Field(default_factory=dict, description="The method's own options, as damping=0.01.")
+    calibration: str | None = Field(
+        None, description="Text file, JSONL file, Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or 'random'."
+    )
+    field: str = Field("text", description="Field that holds the text, in JSONL files and datasets.")
+    samples: int = Field(128, ge=1, description="Calibration samples.")
+    seqlen: int | None = Field(None, ge=2, description="Tokens per sample; default min(2048, the model's context).")
+    seed: int = Field(0, ge=0, description="Seed of the calibration draw.")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="Start every sample with BOS: auto does so when the tokenizer does."
+    )
+    include: tuple[str, ...] = Field((), description="Only linears whose name on disk matches one of these regexes.")
+    exclude: tuple[str, ...] = Field((), description="No linear whose name on disk matches one of these regexes.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Compute dtype; auto is the checkpoint's (float32 for float16 on CPU)."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    threads: int = Field(1, ge=1, description="CPU threads per worker.")
+    partition_samples: int = Field(4, ge=1, description="Consecutive samples whose statistics are summed together.")
+    partition_rows: int | None = Field(
+        None, ge=16, description="Rows of a linear in one product; default 256 on CPU, 2048 on CUDA."
+    )
+    trust_remote_code: bool = Field(False, description="Run model code that the checkpoint brings along.")
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+class Resources(BaseModel):
+    """Where a run happens: no byte of the output depends on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: int | Literal["auto"] = Field("auto", description="Workers; auto: one per GPU, or per CPU core.")
+    address: str | None = Field(None, description="Ray cluster to join ('auto', HOST:PORT); default: start one here.")
+
+    @field_validator("workers")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("expected at least 1, or 'auto'")
+        return value
+
+
+class RunOptions(TypedDict, total=False):
+    """The keys of :class:`Recipe` and :class:`Resources` as keyword arguments."""
+
+    method: str
+    sparsity: float | None
+    pattern: str
+    options: dict[str, Value]
+    calibration: str | None
+    field: str
+    samples: int
+    seqlen: int | None
+    seed: int
+    bos: Literal["auto", "always", "never"]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int
+    partition_samples: int
+    partition_rows: int | None
+    trust_remote_code: bool
+    workers: int | Literal["auto"]
+    address: str | None
+
+
+def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Recipe, Resources]:
+    """Merge a YAML recipe with the options ``given``, which win.
+
+    Raises:
+        InputError: for an unreadable file, an unknown key, or a value of the wrong kind.
+    """
+    merged: dict[str, Any] = {}
+    if recipe_file is not None:
+        merged.update(_read_yaml(Path(recipe_file)))
+    merged.update(given)
+    known = [*Recipe.model_fields, *Resources.model_fields]
+    for key in merged:
+        if key not in known:
+            raise InputError(f"option {key!r} is unknown{nearest(key, known)}; known are {', '.join(known)}")
+    try:
+        return (
+            Recipe(**{key: value for key, value in merged.items() if key in Recipe.model_fields}),
+            Resources(**{key: value for key, value in merged.items() if key in Resources.model_fields}),
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"option {name}: {problem['msg']}, found {problem['input']!r}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--recipe {path}: cannot be read as YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"--recipe {path}: expected a mapping of option names to values")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ``" (did you mean X?)"`` for the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
+    """Check a method's name and its options; return all of them, defaults included.
+
+    Raises:
+        InputError: for an unknown method or option, or a value of the wrong kind or range.
+    """
+    from billhook.layerworkers.methods import METHODS
+
+    if method not in METHODS:
+        raise InputError(f"--method {method}: unknown{nearest(method, list(METHODS))}; known are {', '.join(METHODS)}")
+    fields = {field.name: field for field in dataclasses.fields(METHODS[method].options)}
+    checked: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in fields:
+            known = f"known are {', '.join(fields)}" if fields else "it has none"
+            raise InputError(f"--set {key}: {method} has no such option{nearest(key, list(fields))}; {known}")
+        kind = type(fields[key].default)
+        try:
+            number = kind(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}") from error
+        if (kind is int and float(value) != number) or isinstance(value, bool) or not math.isfinite(number):
+            raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}")
+        checked[key] = number
+    return dataclasses.asdict(METHODS[method].options(**checked))

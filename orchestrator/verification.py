@@ -1,0 +1,159 @@
+"""Re-read a finished checkpoint and check every promise that can be checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.patterns import NM, parse_pattern
+from billhook.layerworkers.shards import TensorEntry, read_bytes
+from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from billhook.orchestrator.inspection import most_kept, pieces
+from billhook.orchestrator.journal import FOLDER, read_journal
+from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, is_ours, read_manifest, sha256_of
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken promise."""
+
+    name: str
+    """File or tensor."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found."""
+
+    ok: bool
+    problems: tuple[Problem, ...]
+    checked_tensors: int
+    against: str | None
+    """The source that the checkpoint was compared with; None where it was not found."""
+
+
+def verify(output: str | Path, *, against: str | Path | None = None) -> Verification:
+    """Check a finished checkpoint; ``against`` is its source, by default the one that it was made from, if still there.
+
+    Checked are: the journal and the manifest, the hash of every file; of each pruned tensor the count of zeros, the
+    N:M pattern, no NaN, no infinity, no negative zero; against the source the files, names, dtypes, shapes, shard
+    layout, and byte identity of every tensor that was not pruned.
+
+    Raises:
+        InputError: when ``output`` holds no finished run, or ``against`` is no checkpoint.
+    """
+    folder = Path(output).expanduser()
+    if not folder.is_dir() or not is_ours(folder):
+        raise InputError(f"{output}: no billhook run in this folder; 'billhook inspect' reads any checkpoint")
+    lines = read_journal(folder)
+    if not lines or lines[-1]["kind"] != "done":
+        raise InputError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
+    problems: list[Problem] = []
+    manifest = read_manifest(folder)
+    manifest_path = folder / FOLDER / MANIFEST
+    if hashlib.sha256(manifest_path.read_bytes()).hexdigest() != lines[-1]["manifest"]:
+        problems.append(Problem(f"{FOLDER}/{MANIFEST}", "differs from what the journal committed"))
+    problems += _check_files(folder, manifest)
+    checked, source = 0, None
+    try:
+        checkpoint = open_checkpoint(folder)
+        for linear in manifest["linears"]:
+            problems += _check_linear(checkpoint, linear, manifest["pattern"])
+        checked = len(checkpoint.tensors)
+        source = _source(against, lines[0])
+        if source is not None:
+            problems += _check_against(checkpoint, source, {linear["name"] for linear in manifest["linears"]})
+    except (InputError, RunError) as error:
+        if source is None and against is not None and str(against) in str(error):
+            raise
+        problems.append(Problem(str(folder), str(error)))
+    except (KeyError, TypeError, ValueError) as error:
+        problems.append(Problem(f"{FOLDER}/{MANIFEST}", f"is malformed: {error!r}"))
+    return Verification(not problems, tuple(problems), checked, str(source.folder) if source else None)
+
+
+def _source(against: str | Path | None, plan_line: dict[str, Any]) -> Checkpoint | None:
+    if against is not None:
+        return open_checkpoint(resolve_model(against))
+    recorded = Path(plan_line["source"])
+    if not recorded.is_dir():
+        return None
+    source = open_checkpoint(recorded)
+    return source if source.sha256() == plan_line["fingerprint"]["checkpoint"] else None
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
+    recorded = manifest.get("files", {})
+    present = {path.name for path in folder.iterdir() if path.name != FOLDER}
+    for name in sorted(present - set(recorded)):
+        yield Problem(name, "is not in the manifest")
+    for name, expected in recorded.items():
+        if name not in present:
+            yield Problem(name, "is missing")
+        elif sha256_of(folder / name) != expected:
+            yield Problem(name, "its sha256 differs from the manifest's")
+
+
+def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any], pattern_text: str) -> Iterator[Problem]:
+    name = linear["name"]
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        yield Problem(name, "was pruned according to the manifest, but is not in the checkpoint")
+        return
+    pattern = parse_pattern(pattern_text, None)
+    zeros, kept, bad, negative_zeros = 0, 0, 0, 0
+    for piece in pieces(entry):
+        is_zero = piece == 0
+        zeros += int(is_zero.sum())
+        negative_zeros += int((is_zero & torch.signbit(piece)).sum())
+        bad += int((~torch.isfinite(piece)).sum())
+        if isinstance(pattern, NM):
+            kept = max(kept, most_kept(piece, pattern.group))
+    if bad:
+        yield Problem(name, f"holds {bad} NaN or infinite values")
+    if negative_zeros:
+        yield Problem(name, f"holds {negative_zeros} negative zeros")
+    if zeros != linear["zeros"]:
+        yield Problem(name, f"holds {zeros} zeros, the manifest says {linear['zeros']}")
+    if zeros < linear["removed"]:
+        yield Problem(name, f"holds {zeros} zeros, {linear['removed']} were to be removed")
+    if isinstance(pattern, NM) and kept > pattern.keep:
+        yield Problem(name, f"keeps {kept} of {pattern.group} consecutive weights somewhere, pattern {pattern}")
+
+
+def _check_against(checkpoint: Checkpoint, source: Checkpoint, pruned: set[str]) -> Iterator[Problem]:
+    own, theirs = ({shard.name: shard for shard in each.shards} for each in (checkpoint, source))
+    for name in sorted(own.keys() ^ theirs.keys()):
+        yield Problem(name, "is a shard of one of source and output only")
+    for name in sorted(own.keys() & theirs.keys()):
+        if own[name].header != theirs[name].header:
+            yield Problem(name, "its header (names, dtypes, shapes, offsets) differs from the source's")
+            continue
+        for entry, original in zip(own[name].entries, theirs[name].entries, strict=True):
+            if entry.name not in pruned and not _same_bytes(entry, original):
+                yield Problem(entry.name, "was not pruned, but differs from the source")
+    for name in source.others:
+        if name != CARD and not (checkpoint.folder / name).is_file():
+            yield Problem(name, "is in the source, but was not carried over")
+        elif name != CARD and sha256_of(checkpoint.folder / name) != sha256_of(source.folder / name):
+            yield Problem(name, "differs from the source")
+
+
+def _same_bytes(left: TensorEntry, right: TensorEntry) -> bool:
+    if left.size_bytes != right.size_bytes:
+        return False
+    for start in range(0, left.size_bytes, COPY_BYTES):
+        size = min(COPY_BYTES, left.size_bytes - start)
+        if not torch.equal(
+            read_bytes(left.path, left.start_bytes + start, size),
+            read_bytes(right.path, right.start_bytes + start, size),
+        ):
+            return False
+    return True
