@@ -9,7 +9,7 @@ from pathlib import Path
 
 from billhook.cluster.session import marked_processes
 
-SAMPLE_SECONDS = 0.25
+SAMPLE_SECONDS = 1.0
 RESCAN_SECONDS = 3.0
 
 

@@ -53,9 +53,10 @@ class WorkerPool:
             "max_restarts": 0,
             "runtime_env": {"env_vars": threads},
         }
-        self._mailbox = Mailbox.remote()
+        actor_class: Any = WorkerActor
+        self._mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
         self._actors = [
-            WorkerActor.options(**options).remote(setup, self._mailbox, workers, rank) for rank in range(workers)
+            actor_class.options(**options).remote(setup, self._mailbox, workers, rank) for rank in range(workers)
         ]
         try:
             self.process_ids: list[int] = _outcome(

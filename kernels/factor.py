@@ -16,13 +16,14 @@ from torch import Tensor
 from billhook.kernels.gram import mirror_lower_
 
 
-class NotPositiveDefinite(ArithmeticError):
+class NotPositiveDefiniteError(ArithmeticError):
     """No damping of the ladder made the matrix positive definite; ``args[0]`` is the last one tried."""
 
 
 def upper_factor_reference(h_CC: Tensor) -> Tensor:
     """Return U upper triangular with ``H^-1 = U^T U``, [C, C] float64: the specification of the fast version."""
-    return torch.linalg.cholesky(torch.linalg.inv(h_CC.double()), upper=True)
+    factor_CC: Tensor = torch.linalg.cholesky(torch.linalg.inv(h_CC.double()), upper=True)
+    return factor_CC
 
 
 def reverse_(a_CC: Tensor) -> None:
@@ -43,7 +44,7 @@ def cholesky_lower_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
     dampings: absolute amounts added to the diagonal of A, tried in turn until the factorisation succeeds.
 
     Raises:
-        NotPositiveDefinite: when none of them does.
+        NotPositiveDefiniteError: when none of them does.
     """
     diagonal_C = a_CC.diagonal().clone()
     for tried, damping in enumerate(dampings, start=1):
@@ -51,7 +52,7 @@ def cholesky_lower_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
         if _try_cholesky_lower_(a_CC):
             return list(dampings[:tried])
         _restore_lower_(a_CC)
-    raise NotPositiveDefinite(dampings[-1])
+    raise NotPositiveDefiniteError(dampings[-1])
 
 
 def _try_cholesky_lower_(a_CC: Tensor) -> bool:
@@ -80,7 +81,7 @@ def inverse_upper_factor_(h_CC: Tensor, dampings: Sequence[float]) -> list[float
     ``U_jj^2`` is the leading entry of the inverse of the trailing matrix ``H_j:,j:``.
 
     Raises:
-        NotPositiveDefinite: as :func:`cholesky_lower_`.
+        NotPositiveDefiniteError: as :func:`cholesky_lower_`.
     """
     reverse_(h_CC)
     tried = cholesky_lower_(h_CC, dampings)
@@ -98,7 +99,7 @@ def inverse_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
     """Replace the symmetric ``a_CC`` by ``(A + d I)^-1``, symmetric in full; return the dampings tried.
 
     Raises:
-        NotPositiveDefinite: as :func:`cholesky_lower_`.
+        NotPositiveDefiniteError: as :func:`cholesky_lower_`.
     """
     tried = cholesky_lower_(a_CC, dampings)
     if a_CC.device.type == "cpu":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.kernels.factor import NotPositiveDefinite, inverse_, inverse_upper_factor_
+from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_upper_factor_
 from billhook.kernels.gram import mirror_lower_
 from billhook.layerworkers.collective import Collective, broadcast
 from billhook.layerworkers.errors import RunError
@@ -116,7 +116,7 @@ class LinearProblem:
             raise RunError("the Gram matrix is not finite: the activations of this linear overflowed float32")
         try:
             tried = factorise_(matrix_CC, [damping * unit for damping in dampings])
-        except NotPositiveDefinite as error:
+        except NotPositiveDefiniteError as error:
             raise RunError(
                 f"the Gram matrix is not positive definite even with {dampings[-1]:g} damping "
                 f"(tried {', '.join(f'{damping:g}' for damping in dampings)}); use more calibration samples, or raise "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -57,4 +58,4 @@ def total(nodes: Iterable[Node], partitions: int) -> Tensor:
 def aligned_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:
     """Split the partitions into one consecutive range (start, stop) per worker, sizes differing by at most one."""
     bounds = [partitions * worker // workers for worker in range(workers + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

@@ -109,7 +109,7 @@ def read_bytes(path: str, start_bytes: int, size_bytes: int) -> Tensor:
         RunError: when the file ends early or cannot be read.
     """
     buffer = torch.empty(size_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -146,7 +146,7 @@ def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
     Raises:
         RunError: when the disk is full or fails.
     """
-    view = memoryview(data.flatten().view(torch.uint8).numpy())
+    view = memoryview(data.flatten().view(torch.uint8).numpy().data)
     try:
         descriptor = os.open(path, os.O_WRONLY)
         try:

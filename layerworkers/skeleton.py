@@ -56,7 +56,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise InputError(
-            f"{path}: model_type {getattr(config, 'model_type', None)!r} is not a causal language model of transformers "
+            f"{path}: model_type {getattr(config, 'model_type', None)!r} is no causal language model of transformers "
             "(an architecture with its own code needs --trust-remote-code)"
         )
     return config
@@ -304,7 +304,8 @@ def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    names: list[str] = [name for name, module in model.named_modules() if module is wanted]
+    return names[0]
 
 
 def _run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> BlockFacts:

@@ -59,7 +59,7 @@ def solve_group(
     reduced = None
     if method.statistic is not None:
         reduced = _reduce(method.statistic, columns, inputs, task, group, solvers[0], device)
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, Any] | None] = []
     if group.rank in solvers:
         problem = LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device)
         parts = [

@@ -138,7 +138,7 @@ class BlockWorker:
             targets = torch.tensor(sample.tokens[1:], device=self._device)
             total = math.fsum(
                 float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
-                for part, wanted in zip(logits.split(128), targets.split(128), strict=True)
+                for part, wanted in zip(torch.split(logits, 128), torch.split(targets, 128), strict=True)
             )
             results.append(WindowLoss(sample.index, total / len(targets), len(targets)))
         return results

@@ -60,8 +60,8 @@ def calibration_windows(recipe: Recipe, folder: Path, config: Any) -> Windows:
     needed = recipe.samples * length + 1
     if len(tokens) < max(needed, length + 2):
         raise InputError(
-            f"--calibration {recipe.calibration}: {len(tokens)} tokens, shorter than the {needed} that {recipe.samples} "
-            f"samples of {seqlen} tokens ask for: give a longer text, or lower --samples or --seqlen"
+            f"--calibration {recipe.calibration}: {len(tokens)} tokens, shorter than the {needed} that "
+            f"{recipe.samples} samples of {seqlen} tokens ask for: give a longer text, or lower --samples or --seqlen"
         )
     highest = len(tokens) - length - 1
     starts = torch.randint(0, highest, (recipe.samples,), generator=generator).tolist()
@@ -81,8 +81,8 @@ def evaluation_windows(tokenizer: Any, text: str, seqlen: int, windows: int | No
     wanted = available if windows is None else windows
     if available < max(1, wanted):
         raise InputError(
-            f"--text {name}: {len(tokens)} tokens make {available} windows of {seqlen}, {max(1, wanted)} were asked for: "
-            "give a longer text, or lower --windows or --seqlen"
+            f"--text {name}: {len(tokens)} tokens make {available} windows of {seqlen}, {max(1, wanted)} were asked "
+            "for: give a longer text, or lower --windows or --seqlen"
         )
     return _windows([(*first, *tokens[index * length : (index + 1) * length]) for index in range(wanted)])
 

@@ -115,7 +115,7 @@ def _finished(output: Path, fingerprint: dict[str, Any]) -> bool:
             f"-o {output}: holds a run with another plan; it differs in {'; '.join(differing[:6])}. "
             "Give the same options to go on with it, or choose another folder"
         )
-    return lines[-1]["kind"] == "done"
+    return bool(lines[-1]["kind"] == "done")
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -154,7 +154,7 @@ def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
         if key not in fields:
             known = f"known are {', '.join(fields)}" if fields else "it has none"
             raise InputError(f"--set {key}: {method} has no such option{nearest(key, list(fields))}; {known}")
-        kind = type(fields[key].default)
+        kind: Any = type(fields[key].default)
         try:
             number = kind(value)
         except (TypeError, ValueError) as error:

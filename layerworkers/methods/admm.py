@@ -44,7 +44,7 @@ class Options:
 
 
 def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:
-    """Minimise ``tr((V - V0) A (V - V0)^T)`` over V with the asked zeros, V0 = W norms, A the ridged unit-diagonal Gram.
+    """Minimise ``tr((V - V0) A (V - V0)^T)`` over V with the asked zeros, V0 = W norms, A the ridged Gram.
 
     ``Z = P(V + U); U += V - Z; V = (V0 A + rho (Z - U)) (A + rho I)^-1`` where P keeps the largest entries of
     ``|V + U|`` (section 3 of the paper; the first choice is Wanda's score, compared over the whole linear).

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from billhook.kernels.gram import add_column_squares_, add_gram_, gram_reference, mirror_lower_
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+@pytest.mark.parametrize("columns", [1, 5, 64, 97])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_gram_accumulates_the_lower_triangle(tokens: int, columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(tokens, columns).to(dtype) for _ in range(3)]
+    gram = torch.zeros(columns, columns)
+    for part in parts:
+        add_gram_(gram, part)
+    expected = gram_reference(torch.cat(parts))
+    assert torch.allclose(gram.double().tril(), expected.tril(), rtol=1e-5, atol=1e-4)
+
+
+def test_add_gram_leaves_what_is_above_the_diagonal_alone() -> None:
+    gram = torch.full((33, 33), 7.0)
+    add_gram_(gram, torch.randn(10, 33))
+    assert torch.equal(gram.triu(1), torch.full((33, 33), 7.0).triu(1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 1100])
+def test_mirror_makes_the_matrix_symmetric(size: int) -> None:
+    torch.manual_seed(0)
+    lower = torch.randn(size, size)
+    mirrored = lower.clone()
+    mirror_lower_(mirrored)
+    assert torch.equal(mirrored.tril(), lower.tril())
+    assert torch.equal(mirrored, mirrored.T)
+
+
+def test_column_squares_are_the_diagonal_of_the_gram() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 9).bfloat16()
+    squares = torch.zeros(9)
+    add_column_squares_(squares, x)
+    assert torch.allclose(squares.double(), gram_reference(x).diagonal(), rtol=1e-6)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from billhook.kernels.select import (
+    below_with_ties,
+    bin_of,
+    high_histogram,
+    low_histogram,
+    smallest_in_groups,
+    smallest_in_rows,
+    smallest_reference,
+    sortable_keys,
+)
+
+
+def by_histograms(score: torch.Tensor, count: int) -> torch.Tensor:
+    """The selection as it is done over several workers, on one."""
+    keys = sortable_keys(score)
+    high_bin, before_bin = bin_of(high_histogram(keys), count)
+    low_bin, before_key = bin_of(low_histogram(keys, high_bin), count - before_bin)
+    return below_with_ties(keys, (high_bin << 16) | low_bin, count - before_bin - before_key).view_as(score)
+
+
+SCORES = st.lists(
+    st.one_of(
+        st.sampled_from([0.0, -0.0, 1.0, 1e-45, 3e38, float("inf"), -1.5]),
+        st.floats(width=32, allow_nan=False),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SCORES, st.data())
+def test_histograms_and_kthvalue_agree_with_the_reference(values: list[float], data: st.DataObject) -> None:
+    score = torch.tensor(values, dtype=torch.float32)
+    count = data.draw(st.integers(1, len(values)))
+    expected = smallest_reference(score, count)
+    assert int(expected.sum()) == count
+    assert torch.equal(by_histograms(score, count), expected)
+    assert torch.equal(smallest_in_rows(score[None], count)[0], expected)
+
+
+def test_rows_are_compared_by_themselves_and_ties_go_by_index() -> None:
+    score = torch.tensor([[1.0, 1.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    expected = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    assert torch.equal(smallest_in_rows(score, 2), expected)
+    assert not smallest_in_rows(score, 0).any()
+    assert smallest_in_rows(score, 4).all()
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (4, 4), (1, 2), (5, 7)])
+def test_every_group_loses_exactly_what_it_should(keep: int, group: int) -> None:
+    torch.manual_seed(0)
+    score = torch.randint(0, 4, (6, 5 * group)).float()
+    mask = smallest_in_groups(score, keep, group)
+    assert (mask.view(6, 5, group).sum(dim=2) == group - keep).all()
+    for row in range(6):
+        for start in range(0, 5 * group, group):
+            piece = slice(start, start + group)
+            assert torch.equal(mask[row, piece], smallest_reference(score[row, piece], group - keep))
