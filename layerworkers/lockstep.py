@@ -39,16 +39,16 @@ def run_lockstep(
     """
     hub = getcurrent()
     leader_of = {name: group[0] for group in groups for name in group}
-    leader_input: list[Any] = [None] * len(inputs)
+    leader_input: list[dict[str, weakref.ref[Tensor]]] = [{} for _ in inputs]
     running = 0
 
     def pause(name: str, x: Tensor) -> None:
         """Run in a sample's greenlet, before a linear: the first of a group waits, the others must share its input."""
         if leader_of[name] == name:
-            leader_input[running] = weakref.ref(x)
+            leader_input[running][name] = weakref.ref(x)
             hub.switch((name, x))
         else:
-            assert leader_input[running]() is x, f"{name} does not see the input of {leader_of[name]}"
+            assert leader_input[running][leader_of[name]]() is x, f"{name} does not see the input of {leader_of[name]}"
 
     def run() -> None:
         assert arguments is not None

@@ -152,6 +152,9 @@ def _assemble(
     for (start, stop), part in zip(ranges, parts, strict=True):
         if part is not None:
             weight.view(torch.uint8)[start:stop] = torch.from_numpy(np.array(part["bytes"]))
+    removed = sum(part["removed"] for part in own)
+    if removed == 0:
+        weight = dense  # untouched to the last bit, rather than equal up to the rounding of a solve
     # fsum is exact, so the order of the partitions does not matter.
     loss = math.fsum(value for part in own for value in part["loss"])
     energy = math.fsum(value for part in own for value in part["energy"])
@@ -160,7 +163,7 @@ def _assemble(
         shape=(dense.shape[0], dense.shape[1]),
         pattern=str(linear.pattern),
         method=linear.method,
-        removed=sum(part["removed"] for part in own),
+        removed=removed,
         zeros=int((weight == 0).sum()),
         error=loss / energy if energy else 0.0,
         dampings=tuple(own[0]["dampings"]),

@@ -54,7 +54,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     """
     factor_CC = problem.inverse_factor(options.damping)
     energy = _energy(weight_RC, factor_CC, problem.partition_rows)
-    squared_error_R1 = torch.zeros(len(weight_RC), 1, device=weight_RC.device)
+    squared_error_R1 = weight_RC.new_zeros(len(weight_RC), 1)
     removed = 0
     columns, width = weight_RC.shape[1], block_columns(select.pattern, options)
     for start in range(0, columns, width):

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from billhook.layerworkers.lockstep import run_lockstep, run_plain
+from billhook.layerworkers.skeleton import Arguments, Skeleton
+from billhook.orchestrator.model import open_model
+
+
+def loaded(folder: Path, index: int) -> tuple[Skeleton, list[torch.Tensor], Arguments]:
+    """The skeleton with block ``index`` loaded, three samples' inputs and the block's arguments."""
+    from billhook.layerworkers.shards import read_tensor
+
+    model = open_model(folder, "cpu", "auto", False)
+    skeleton = Skeleton(folder, getattr(torch, model.dtype), torch.device("cpu"))
+    for tensor in [*model.layout.stem.tensors, *model.layout.blocks[index].tensors]:
+        skeleton.set_parameter(tensor.module_name, read_tensor(tensor.entry))
+    embedding = read_tensor(model.layout.stem.embedding)
+    torch.manual_seed(0)
+    states, arguments = [], []
+    for _ in range(3):
+        hidden, own = skeleton.begin(torch.randint(0, 512, (24,)), lambda ids: embedding[ids].to(skeleton.dtype))
+        states.append(hidden)
+        arguments.append(own)
+    return skeleton, states, arguments[0][index]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "phi3", "cohere", "bloom", "gpt_neox", "falcon"])
+def test_lockstep_outputs_have_the_bits_of_the_plain_forward(make_model: Any, family: str) -> None:
+    overrides = {"ffn_dim": 144, "word_embed_proj_dim": 64} if family == "opt" else {}
+    overrides |= {"head_dim": 16} if family in ("gemma2", "qwen3") else {}
+    folder = make_model(family, **overrides)
+    skeleton, states, arguments = loaded(folder, 1)
+    block, groups = skeleton.blocks[1], skeleton.facts(1).input_groups
+    plain, lockstep = list(states), list(states)
+    run_plain(block, plain, arguments)
+    seen: list[tuple[tuple[str, ...], list[torch.Size]]] = []
+    run_lockstep(block, groups, lockstep, arguments, lambda g, x: seen.append((g, [t.shape for t in x])))
+    assert all(torch.equal(a, b) for a, b in zip(plain, lockstep, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, states, strict=True))
+    assert tuple(group for group, _ in seen) == groups
+    assert all(len(shapes) == 3 for _, shapes in seen)
+
+
+def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> None:
+    skeleton, states, arguments = loaded(llama, 0)
+    block: Any = skeleton.blocks[0]
+    groups = skeleton.facts(0).input_groups
+    assert groups == (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+    inputs: dict[str, list[torch.Tensor]] = {}
+
+    def halve(group: tuple[str, ...], x: list[torch.Tensor]) -> None:
+        inputs[group[0]] = [each.clone() for each in x]
+        for name in group:
+            block.get_submodule(name).weight.data.mul_(0.5)
+
+    lockstep = list(states)
+    run_lockstep(block, groups, lockstep, arguments, halve)
+    plain = list(states)  # the weights are halved now: the plain forward with them must agree
+    run_plain(block, plain, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(plain, lockstep, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(inputs["self_attn.q_proj"][0], block.input_layernorm(states[0]))
+
+
+def test_a_worker_without_samples_still_meets_every_group(llama: Path) -> None:
+    skeleton, _, _ = loaded(llama, 0)
+    seen: list[int] = []
+    run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, [], None, lambda g, x: seen.append(len(x)))
+    assert seen == [0, 0, 0, 0]
+
+
+def test_a_failure_in_the_solver_leaves_no_hook_behind(llama: Path) -> None:
+    skeleton, states, arguments = loaded(llama, 0)
+
+    def fail(group: tuple[str, ...], x: list[torch.Tensor]) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, list(states), arguments, fail)
+    assert not any(module._forward_pre_hooks for module in skeleton.blocks[0].modules())

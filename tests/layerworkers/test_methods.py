@@ -1,0 +1,256 @@
+"""Identities that each method must satisfy, on small problems."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+from billhook.kernels.gram import add_gram_, gram_reference
+from billhook.layerworkers.collective import Alone
+from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.methods import METHODS, Solution
+from billhook.layerworkers.patterns import NM, Pattern, Selector, Unstructured
+from billhook.layerworkers.problem import LinearProblem
+
+HALF = Unstructured(Fraction(1, 2))
+
+
+def activations(tokens: int = 400, columns: int = 96) -> torch.Tensor:
+    """Correlated inputs with channels of very different size."""
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator)
+    sizes = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    return torch.randn(tokens, columns, generator=generator) @ mixing * sizes
+
+
+def weights(rows: int = 48, columns: int = 96) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(4))
+
+
+def solve(name: str, w: torch.Tensor, x: torch.Tensor, pattern: Pattern, **options: Any) -> Solution:
+    solution, _ = solve_with_problem(name, w, x, pattern, **options)
+    return solution
+
+
+def solve_with_problem(
+    name: str, w: torch.Tensor, x: torch.Tensor, pattern: Pattern, **options: Any
+) -> tuple[Solution, LinearProblem]:
+    method = METHODS[name]
+    statistic = None
+    if method.statistic is not None:
+        statistic = torch.zeros(method.statistic.shape(x.shape[1]))
+        method.statistic.add_(statistic, x)
+    problem = LinearProblem(statistic, x.shape[1], 16, Alone(), torch.device("cpu"))
+    select = Selector(pattern, method.within_rows, Alone())
+    return method.solve(w.clone(), problem, select, method.options(**options)), problem
+
+
+def output_error(sparse: torch.Tensor, dense: torch.Tensor, x: torch.Tensor) -> float:
+    change = (sparse - dense).double()
+    gram = gram_reference(x)
+    return float((change @ gram * change).sum() / (dense.double() @ gram * dense.double()).sum())
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("sparsity", ["0", "0.3", "0.5", "0.7", "0.99"])
+def test_unstructured_counts_are_exact(name: str, sparsity: str) -> None:
+    w, x, share = weights(), activations(), Fraction(sparsity)
+    solution = solve(name, w, x, Unstructured(share))
+    rows, columns = w.shape
+    expected = {
+        "magnitude": int(share * rows * columns),
+        "wanda": rows * int(share * columns),
+        "sparsegpt": int(share * rows * columns),  # one block of 96 columns
+        "admm": int(share * rows * columns),
+    }[name]
+    assert solution.removed == expected
+    assert int((solution.weight_RC == 0).sum()) == expected
+    if share == 0:
+        assert torch.allclose(solution.weight_RC, w, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 3)])
+def test_every_group_of_an_nm_pattern_keeps_n(name: str, keep: int, group: int) -> None:
+    w, x = weights(), activations()
+    solution = solve(name, w, x, NM(keep, group))
+    kept = (solution.weight_RC.view(48, -1, group) != 0).sum(dim=2)
+    assert (kept == keep).all()
+    assert solution.removed == w.numel() * (group - keep) // group
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 96, 128])
+def test_sparsegpt_prunes_each_block_of_columns_by_the_share(block: int) -> None:
+    solution = solve("sparsegpt", weights(), activations(), HALF, block=block)
+    for start in range(0, 96, block):
+        piece = solution.weight_RC[:, start : start + block]
+        assert int((piece == 0).sum()) == piece.numel() // 2
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+def test_mask_methods_leave_survivors_alone(name: str) -> None:
+    w = weights()
+    sparse = solve(name, w, activations(), HALF).weight_RC
+    kept = sparse != 0
+    assert torch.equal(sparse[kept], w[kept])
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_sparsegpt_loss_is_half_the_quadratic_form_under_the_damped_gram(pattern: Pattern, damping: float) -> None:
+    w, x = weights(), activations()
+    solution = solve("sparsegpt", w, x, pattern, damping=damping, block=32)
+    gram = gram_reference(x)
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(96)
+    change = solution.weight_RC.double() - w.double()
+    assert sum(solution.loss) == pytest.approx(0.5 * float((change @ damped * change).sum()), rel=1e-4)
+    assert sum(solution.energy) == pytest.approx(0.5 * float((w.double() @ damped * w.double()).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)])
+def test_sparsegpt_loss_identity_in_float64(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same identity to 1e-6 and beyond: with float64 inputs to the same solve, only rounding is left."""
+    from billhook.kernels import factor, sweep
+    from billhook.layerworkers.methods import sparsegpt
+
+    def factor_in_float64(h: torch.Tensor, dampings: list[float]) -> list[float]:
+        h.copy_(factor.upper_factor_reference(h + dampings[0] * torch.eye(len(h), dtype=h.dtype)))
+        return [dampings[0]]
+
+    monkeypatch.setattr("billhook.layerworkers.problem.inverse_upper_factor_", factor_in_float64)
+    monkeypatch.setattr(sparsegpt, "sweep_masked", sweep.sweep_masked_reference)
+    monkeypatch.setattr(sparsegpt, "sweep_groups", sweep.sweep_groups_reference)
+    w, gram = weights().double(), gram_reference(activations())
+    problem = LinearProblem(gram.clone(), 96, 16, Alone(), torch.device("cpu"))
+    select_score = Selector(pattern, False, Alone())
+
+    class SelectInFloat32(Selector):
+        def __call__(self, score_RC: torch.Tensor) -> torch.Tensor:
+            return select_score(score_RC.float())
+
+    select = SelectInFloat32(pattern, False, Alone())
+    solution = sparsegpt.solve(w.clone(), problem, select, sparsegpt.Options(block=32))
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(96)
+    change = solution.weight_RC - w
+    assert sum(solution.loss) == pytest.approx(0.5 * float((change @ damped * change).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)])
+def test_with_a_diagonal_gram_sparsegpt_leaves_survivors_alone(pattern: Pattern) -> None:
+    w = weights()
+    x = torch.diag(torch.rand(96, generator=torch.Generator().manual_seed(0)) + 0.5)
+    sparse = solve("sparsegpt", w, x, pattern).weight_RC
+    kept = sparse != 0
+    assert torch.equal(sparse[kept], w[kept])
+
+
+def test_with_a_diagonal_gram_and_no_damping_sparsegpt_and_wanda_choose_alike() -> None:
+    w = weights(rows=1)
+    x = torch.diag(torch.rand(96, generator=torch.Generator().manual_seed(0)) + 0.5)
+    ours = solve("sparsegpt", w, x, HALF, damping=1e-9, block=96).weight_RC
+    assert torch.equal(ours == 0, solve("wanda", w, x, HALF).weight_RC == 0)
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "admm"])
+def test_the_scale_of_the_inputs_does_not_matter(name: str) -> None:
+    w, x = weights(), activations()
+    small, large = solve(name, w, x, HALF).weight_RC, solve(name, w, x * 64, HALF).weight_RC
+    assert torch.equal(small == 0, large == 0)
+    assert torch.allclose(small, large, rtol=1e-3, atol=1e-4)
+
+
+def test_admm_is_equivariant_under_column_scales() -> None:
+    w, x = weights(), activations()
+    scales = torch.logspace(-1, 1, 96)
+    plain, scaled = solve("admm", w, x, HALF).weight_RC, solve("admm", w / scales, x * scales, HALF).weight_RC * scales
+    assert float(((plain == 0) != (scaled == 0)).float().mean()) < 0.001
+    assert output_error(plain, w, x) == pytest.approx(output_error(scaled, w, x), rel=1e-3)
+
+
+def test_admm_reaches_the_least_squares_weights_of_its_support() -> None:
+    w, x = weights(rows=8), activations()
+    solution, _ = solve_with_problem("admm", w, x, HALF, iterations=60)
+    gram = gram_reference(x)
+    norms = gram.diagonal().sqrt()
+    a = gram / norms / norms[:, None] + 0.1 * torch.eye(96)
+    for row in range(8):
+        support = (solution.weight_RC[row] != 0).nonzero().flatten()
+        target = a @ (w[row].double() * norms)
+        best = torch.linalg.solve(a[support][:, support], target[support])
+        assert torch.allclose((solution.weight_RC[row].double() * norms)[support], best, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(Fraction(7, 10)), NM(2, 4)])
+def test_each_method_is_better_than_the_one_before(pattern: Pattern) -> None:
+    w, x = weights(), activations()
+    errors = [output_error(solve(name, w, x, pattern).weight_RC, w, x) for name in METHODS]
+    assert list(METHODS) == ["magnitude", "wanda", "sparsegpt", "admm"]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_dead_and_duplicate_channels_and_zero_weights(name: str) -> None:
+    w, x = weights(), activations()
+    x[:, 5] = 0
+    x[:, 40] = 0
+    x[:, 10] = x[:, 11]
+    w[:, 60] = 0
+    solution = solve(name, w, x, HALF)
+    assert torch.isfinite(solution.weight_RC).all()
+    assert all(torch.isfinite(torch.tensor(value)) for value in solution.loss + solution.energy)
+    assert int((solution.weight_RC == 0).sum()) >= solution.removed == w.numel() // 2
+    if name != "magnitude":
+        assert (solution.weight_RC[:, 5] == 0).all(), "what weighs nothing is removed first"
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_what_is_kept_of_a_dead_channel_keeps_its_value(name: str) -> None:
+    w, x = weights(), activations()
+    x[:, 5] = 0
+    sparse = solve(name, w, x, Unstructured(Fraction(0))).weight_RC
+    assert torch.allclose(sparse[:, 5], w[:, 5], rtol=1e-3, atol=1e-4)
+
+
+def test_too_few_tokens_climb_the_ladder_and_each_step_is_recorded() -> None:
+    x = torch.ones(1, 96) * 1e3
+    _, problem = solve_with_problem("sparsegpt", weights(), x, HALF, damping=1e-9)
+    assert len(problem.dampings) > 1
+    assert problem.dampings == sorted(problem.dampings)
+
+
+def test_a_gram_that_no_damping_mends_is_an_error() -> None:
+    method = METHODS["sparsegpt"]
+    gram = torch.zeros(4, 4)
+    gram.fill_diagonal_(1.0)
+    gram[1, 0] = 1e6
+    problem = LinearProblem(gram, 4, 16, Alone(), torch.device("cpu"))
+    with pytest.raises(RunError, match=r"not positive definite.*more calibration samples"):
+        method.solve(torch.ones(2, 4), problem, Selector(HALF, False, Alone()), method.options())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sparsegpt", {"damping": 0.0}),
+        ("sparsegpt", {"block": 0}),
+        ("admm", {"ridge": -1.0}),
+        ("admm", {"rho": 0.0}),
+        ("admm", {"reselections": 30}),
+    ],
+)
+def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        METHODS[name].options(**options)
+
+
+def test_statistics_are_sums() -> None:
+    x = activations()
+    whole, parts = torch.zeros(96, 96), torch.zeros(96, 96)
+    add_gram_(whole, x)
+    for part in x.split(100):
+        add_gram_(parts, part)
+    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-3)
