@@ -1,13 +1,12 @@
 """A Ray session for the length of one command: started here and stopped again, or joined.
 
 What is started here listens on the loopback interface only, asks every caller for a token that is made for the
-process, sends no usage statistics, and serves no dashboard.
+session, sends no usage statistics, and serves no dashboard.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -79,16 +78,15 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
     (folder / "owner.json").write_text(json.dumps({"pid": os.getpid(), "started": _start_time(os.getpid())}))
     environment = {
         **_LOOPBACK_ONLY,
-        "RAY_AUTH_TOKEN": _token(),
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         SESSION_VARIABLE: str(folder),
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
         import ray
-        from ray._private import ray_constants
 
-        ray_constants.ENABLE_RAY_CLUSTER = False  # already read from the environment where ray was imported before
+        _reload_ray_environment()
         ray.init(
             num_cpus=cpus,
             num_gpus=gpus,
@@ -110,13 +108,19 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _reload_ray_environment()
         _remove(folder)
 
 
-@functools.cache
-def _token() -> str:
-    """Return this process's token: Ray reads it once per process, so later sessions must use the same."""
-    return secrets.token_hex(32)
+def _reload_ray_environment() -> None:
+    """Make Ray read its environment again: it does so only once per process, and may have been imported before."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    loopback = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0"
+    ray_constants.ENABLE_RAY_CLUSTER = sys.platform == "linux" and not loopback
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def remove_leftovers() -> None:

@@ -1,0 +1,237 @@
+"""Whole runs through Ray on a tiny Llama: what users rely on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from billhook.orchestrator import InputError, RunError, evaluate, inspect, prune, verify
+from billhook.orchestrator.journal import append, journal_path, read_journal
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32}
+"""Five partitions of four samples, the last one short; several row partitions in every linear."""
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Everything that must not depend on how a run went."""
+    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("magnitude", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "unstructured"), ("admm", "unstructured")],
+)
+def test_one_two_and_three_workers_give_the_same_bytes(
+    llama: Path, text_file: Path, tmp_path: Path, method: str, pattern: str
+) -> None:
+    results = []
+    for workers in (1, 2, 3) if method == "sparsegpt" else (1, 3):
+        result = prune(
+            llama,
+            tmp_path / str(workers),
+            method=method,
+            pattern=pattern,
+            calibration=str(text_file),
+            workers=workers,
+            **CALIBRATION,
+        )
+        results.append(contents(result.output))
+        assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert all(result == results[0] for result in results[1:])
+    found = verify(tmp_path / "1")
+    assert found.ok, found.problems
+    assert found.against == str(llama)
+
+
+def test_the_output_loads_in_transformers_and_computes_what_we_compute(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = prune(llama, tmp_path / "out", calibration=str(text_file), workers=2, **CALIBRATION).output
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(AutoTokenizer.from_pretrained(out)("text").input_ids, list)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    assert (weight == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
+    ours = evaluate(out, text_file, seqlen=64, windows=6, workers=2)
+    assert (ours.windows, ours.tokens) == (6, 6 * 63)
+    tokens = AutoTokenizer.from_pretrained(out)(text_file.read_text(), add_special_tokens=False).input_ids
+    losses = []
+    for window in torch.tensor(tokens[: 6 * 64]).view(6, 1, 64):
+        with torch.inference_mode():
+            losses.append(float(model(window, labels=window).loss))
+    assert ours.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
+    assert evaluate(out, text_file, seqlen=64, windows=6, workers=1).perplexity == ours.perplexity
+
+
+def test_names_dtypes_shards_and_what_is_not_pruned_are_the_sources(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = prune(
+        llama, tmp_path / "out", method="wanda", exclude=("down_proj",), calibration=str(text_file), workers=1, **CALIBRATION
+    ).output
+    source_files = {path.name for path in llama.iterdir()}
+    assert {path.name for path in out.iterdir()} == source_files | {"README.md", "billhook"}
+    assert (out / "billhook").stat().st_mode & 0o777 == 0o700
+    changed = set()
+    for shard in llama.glob("*.safetensors"):
+        with safe_open(shard, "pt") as old, safe_open(out / shard.name, "pt") as new:
+            assert old.keys() == new.keys()
+            for name in old.keys():  # noqa: SIM118 - a safetensors file is no dict
+                before, after = old.get_tensor(name), new.get_tensor(name)
+                assert (before.dtype, before.shape) == (after.dtype, after.shape)
+                if not torch.equal(before, after):
+                    changed.add(name.rpartition("layers.")[2].split(".", 1)[1].removesuffix(".weight"))
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert changed == {f"self_attn.{kind}" for kind in kinds} | {"mlp.gate_proj", "mlp.up_proj"}
+    for name in source_files - {path.name for path in llama.glob("*.safetensors")}:
+        assert (out / name).read_bytes() == (llama / name).read_bytes()
+    facts = {fact.name: fact.pattern for fact in inspect(out).tensors}
+    assert facts["model.layers.0.self_attn.q_proj.weight"] == "unstructured"
+    assert facts["model.layers.0.mlp.down_proj.weight"] == "dense"
+
+
+def test_random_calibration_needs_no_tokenizer_and_tied_single_file_checkpoints_work(
+    make_model: Any, tmp_path: Path
+) -> None:
+    folder = make_model(shard_size="10MB", tie_word_embeddings=True, dtype=torch.float16)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    result = prune(folder, tmp_path / "out", pattern="4:8", calibration="random", workers=1, **CALIBRATION)
+    assert result.sparsity == 0.5
+    assert verify(result.output).ok
+    assert {fact.pattern for fact in inspect(result.output / "model.safetensors").tensors if len(fact.shape) == 2} == {
+        "4:8",
+        "dense",
+    }
+
+
+def interrupted(source: Path, output: Path, blocks: int, **options: Any) -> None:
+    """Make ``output`` what a run killed after ``blocks`` blocks leaves, with rubbish where the next one was written."""
+    prune(source, output, **options)
+    lines = read_journal(output)
+    journal_path(output).unlink()
+    for shard in output.glob("*.safetensors"):
+        shard.rename(shard.with_name(shard.name + ".part"))
+    for name in ("README.md", "config.json"):
+        (output / name).unlink()
+    for line in lines[: 1 + blocks]:
+        append(output, line.pop("kind"), line)
+    with journal_path(output).open("ab") as file:
+        file.write(b'{"kind":"block","index":2,"li')
+    for part in output.glob("*.part"):
+        with safe_open(part, "pt") as shard:
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+        for name, tensor in tensors.items():
+            if f"layers.{blocks}." in name:
+                tensor.fill_(float("nan"))
+        save_file(tensors, part, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_the_same_command_goes_on_from_the_last_finished_block(
+    llama: Path, text_file: Path, tmp_path: Path, method: str
+) -> None:
+    options: dict[str, Any] = {"method": method, "calibration": str(text_file), "workers": 2, **CALIBRATION}
+    whole = prune(llama, tmp_path / "whole", **options).output
+    interrupted(llama, tmp_path / "out", 1, **options)
+    steps: list[tuple[str, int]] = []
+    resumed = prune(llama, tmp_path / "out", progress=lambda phase, done, *_: steps.append((phase, done)), **options)
+    replayed = [("replay", 1)] if method == "sparsegpt" else []
+    assert [step for step in steps if step[0] in ("replay", "prune")] == [*replayed, ("prune", 2), ("prune", 3)]
+    assert contents(resumed.output) == contents(whole)
+    again = prune(llama, tmp_path / "out", **options)
+    assert again.already_finished
+    assert again.sparsity == resumed.sparsity
+    assert contents(resumed.output) == contents(whole)
+
+
+def test_another_plan_in_the_same_output_is_refused_and_what_differs_is_named(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"method": "magnitude", "workers": 1}
+    out = prune(llama, tmp_path / "out", **options).output
+    before = contents(out)
+    with pytest.raises(InputError, match=r"recipe\.sparsity: 0\.5 there, 0\.6 asked for"):
+        prune(llama, out, sparsity=0.6, **options)
+    assert contents(out) == before
+
+
+def with_bad_weight(source: Path, folder: Path, name: str, value: float) -> Path:
+    shutil.copytree(source, folder)
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name].view(-1)[3] = value
+            save_file(tensors, shard, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_the_first_block_leaves_no_output(llama: Path, text_file: Path, tmp_path: Path, value: float) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = with_bad_weight(llama, tmp_path / "bad", name, value)
+    with pytest.raises(InputError, match=rf"{name} holds NaN or infinity"):
+        prune(folder, tmp_path / "out", calibration=str(text_file), workers=2, **CALIBRATION)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_later_block_leaves_a_resumable_output(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    folder = with_bad_weight(llama, tmp_path / "bad", "model.layers.2.input_layernorm.weight", float("nan"))
+    options: dict[str, Any] = {"calibration": str(text_file), "workers": 1, **CALIBRATION}
+    with pytest.raises(InputError, match="model.layers.2.input_layernorm.weight"):
+        prune(folder, tmp_path / "out", **options)
+    assert [line["kind"] for line in read_journal(tmp_path / "out")] == ["plan", "block", "block"]
+    with pytest.raises(InputError, match="not finished"):
+        verify(tmp_path / "out")
+    with pytest.raises(InputError, match="unfinished run"):
+        inspect(tmp_path / "out")
+
+
+def test_a_worker_that_dies_is_a_run_error_and_the_next_run_goes_on(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    import os
+    import signal
+
+    from billhook.cluster.session import marked_processes
+
+    def kill_a_worker(phase: str, done: int, total: int, message: str) -> None:
+        if (phase, done) == ("prune", 1):
+            for pid in marked_processes():
+                if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+                    return
+            raise AssertionError("no worker found")
+
+    options: dict[str, Any] = {"calibration": str(text_file), "workers": 2, **CALIBRATION}
+    with pytest.raises(RunError, match="worker died"):
+        prune(llama, tmp_path / "out", progress=kill_a_worker, **options)
+    resumed = prune(llama, tmp_path / "out", **options).output
+    assert contents(resumed) == contents(prune(llama, tmp_path / "whole", **options).output)
+
+
+def test_the_manifest_tells_how_each_linear_came_out(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out = prune(
+        llama, tmp_path / "out", method="sparsegpt", options={"damping": 0.05}, calibration=str(text_file), workers=1,
+        **CALIBRATION,
+    ).output  # fmt: skip
+    manifest = json.loads((out / "billhook" / "manifest.json").read_text())
+    assert manifest["recipe"]["options"] == {"damping": 0.05, "block": 128}
+    assert len(manifest["linears"]) == 21
+    for linear in manifest["linears"]:
+        rows, columns = linear["shape"]
+        blocks = [min(128, columns - start) for start in range(0, columns, 128)]
+        assert linear["removed"] == linear["zeros"] == sum(rows * width // 2 for width in blocks)
+        assert 0 < linear["error"] < 1
+        assert linear["dampings"] == [0.05]
