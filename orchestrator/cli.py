@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect as signatures
 import json
 import signal
@@ -13,7 +14,6 @@ from pathlib import Path
 from types import FrameType, UnionType
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -38,26 +38,29 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", hel
 def main() -> None:
     """Run the command line; see ``docs/cli.md`` for the exit codes."""
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app(standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except InputError as error:
-        code = _fail(error, 2)
-    except RunError as error:
-        code = _fail(error, 1)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; the same command goes on from the last finished block", 130)
-    sys.exit(code)
+    app()
 
 
-def _fail(reason: object, code: int) -> int:
+def ending_with_code(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the failures that a user meets into a line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            raise _failed(error, 2) from error
+        except RunError as error:
+            raise _failed(error, 1) from error
+        except KeyboardInterrupt as error:
+            raise _failed("interrupted; the same command goes on from the last finished block", 130) from error
+
+    return run
+
+
+def _failed(reason: object, code: int) -> typer.Exit:
     print(f"billhook: {reason}", file=sys.stderr)
-    return code
+    return typer.Exit(code)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -139,6 +142,7 @@ def _name_and_value(text: str) -> tuple[str, str]:
 
 
 @app.command("plan")
+@ending_with_code
 @with_run_options
 def plan_command(model: ModelArgument, recipe: RecipeFile = None, json_output: Json = False, *, given: Any) -> None:
     """Say what prune would do: matches, memory, bytes, time. Touches no weights."""
@@ -150,6 +154,7 @@ def plan_command(model: ModelArgument, recipe: RecipeFile = None, json_output: J
 
 
 @app.command("prune")
+@ending_with_code
 @with_run_options
 def prune_command(
     model: ModelArgument,
@@ -188,6 +193,7 @@ def prune_command(
 
 
 @app.command("verify")
+@ending_with_code
 def verify_command(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Finished output of prune.")],
     against: Annotated[str | None, typer.Option(help="Source model; default: where it was when it was pruned.")] = None,
@@ -209,6 +215,7 @@ def verify_command(
 
 
 @app.command("inspect")
+@ending_with_code
 def inspect_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, hub id or .safetensors file.")],
     json_output: Json = False,
@@ -225,6 +232,7 @@ def inspect_command(
 
 
 @app.command("eval")
+@ending_with_code
 def eval_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Model folder or hub id.")],
     text: Annotated[str, typer.Option(help="Text file, JSONL file or Hugging Face dataset.")],
@@ -271,6 +279,7 @@ def eval_command(
 
 
 @app.command("methods")
+@ending_with_code
 def methods_command(json_output: Json = False) -> None:
     """List the pruning methods and their options."""
     from billhook.orchestrator.printing import methods_as_json, methods_as_text
