@@ -115,7 +115,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
 def _reload_ray_environment() -> None:
     """Make Ray read its environment again: it does so only once per process, and may have been imported before."""
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     loopback = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0"
     ray_constants.ENABLE_RAY_CLUSTER = sys.platform == "linux" and not loopback

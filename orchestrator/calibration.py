@@ -100,7 +100,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # transformers raises many kinds here, by file that is missing or malformed
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{folder}: no tokenizer could be loaded ({first_line}); add the tokenizer files, or use --calibration random"
+            f"{folder}: no tokenizer could be loaded ({first_line}); add the tokenizer files, or use "
+            "--calibration random"
         ) from error
 
 

@@ -45,7 +45,8 @@ def model_card(plan: Plan, reports: Sequence[LinearReport], calibration_sha256: 
     calibration = (
         "none"
         if calibration_sha256 is None
-        else f"{recipe.samples} samples of {recipe.seqlen} tokens, seed {recipe.seed}, tokens sha256 `{calibration_sha256}`"
+        else f"{recipe.samples} samples of {recipe.seqlen} tokens, seed {recipe.seed}, "
+        f"tokens sha256 `{calibration_sha256}`"
     )
     body = _BODY.format(
         sparsity=zeros / elements if elements else 0.0,

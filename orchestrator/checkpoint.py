@@ -53,7 +53,7 @@ class Checkpoint:
         return sum(shard.size_bytes for shard in self.shards)
 
     def sha256(self) -> str:
-        """Return a hash of the headers and of 4 KiB at up to 16 places of each shard: cheap, and finds a swapped file."""
+        """Return a hash of the headers and of 4 KiB at 16 places of each shard: cheap, and finds a swapped file."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
@@ -116,9 +116,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise InputError(
-            f"{path}: quantization_config names the method {method!r}; quantised weights cannot be pruned. Load the model "
-            "with AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16'), call model.dequantize(), save it with "
-            "save_pretrained, and prune that"
+            f"{path}: quantization_config names the method {method!r}; quantised weights cannot be pruned. Load the "
+            "model with AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16'), call model.dequantize(), save it "
+            "with save_pretrained, and prune that"
         )
     return config
 
@@ -155,7 +155,8 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if Path(name).name != name or name in {".", ".."} or Path(name).suffix != ".safetensors":
             raise InputError(
-                f"{path}: tensor {tensor} lies in {name!r}; expected the plain name of a .safetensors file in the folder"
+                f"{path}: tensor {tensor} lies in {name!r}; expected the plain name of a .safetensors file "
+                "in the folder"
             )
     return weight_map
 
@@ -170,8 +171,8 @@ def _refuse_without_safetensors(folder: Path, files: list[str]) -> None:
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
         raise InputError(
-            f"{folder}: only GGUF weights ({ggufs[0]}); load them with from_pretrained(..., gguf_file={ggufs[0]!r}) and "
-            "save the result as safetensors (examples/demo.py does so)"
+            f"{folder}: only GGUF weights ({ggufs[0]}); load them with from_pretrained(..., gguf_file={ggufs[0]!r}) "
+            "and save the result as safetensors (examples/demo.py does so)"
         )
     raise InputError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME}; expected a Hugging Face model folder")
 

@@ -187,8 +187,8 @@ def prune_command(
         print(f"{result.output}: this run had already finished; nothing was done")
     else:
         print(
-            f"{result.output}: {len(result.linears)} linears in {result.blocks} blocks at sparsity {result.sparsity:.4f}, "
-            f"{result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
+            f"{result.output}: {len(result.linears)} linears in {result.blocks} blocks at sparsity "
+            f"{result.sparsity:.4f}, {result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
         )
 
 

@@ -64,23 +64,21 @@ def prune(
     if plan.method.statistic is not None:
         windows = calibration_windows(plan.recipe, plan.model.checkpoint.folder, plan.model.config)
     fingerprint = plan.fingerprint(windows.sha256 if windows else None)
-    fresh = not out.is_ours(target)
     existed = target.is_dir()
-    try:
-        with out.locked(target):
-            finished = _finished(target, fingerprint)
-            if not finished:
-                if not read_journal(target):
+    with out.locked(target):
+        finished = _finished(target, fingerprint)
+        if not finished:
+            fresh = not read_journal(target)
+            try:
+                if fresh:
                     out.create_shards(target, plan.model.checkpoint)
                     append(target, "plan", {"fingerprint": fingerprint, "source": str(plan.model.checkpoint.folder)})
                 peak = _run(plan, windows, target, report)
                 _finish(plan, windows, target)
-    except InputError:
-        if fresh and not any(line["kind"] == "block" for line in read_journal(target)):
-            out.remove_output(target)
-            if existed:
-                target.mkdir()
-        raise
+            except InputError:
+                if fresh and not any(line["kind"] == "block" for line in read_journal(target)):
+                    out.remove_output(target, keep_folder=existed)
+                raise
     linears = _reports(target)
     disk = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return PruneResult(

@@ -91,8 +91,7 @@ def _facts(entry: TensorEntry) -> TensorFacts:
     kept = {group: 0 for group in GROUPS if len(entry.shape) > 1 and width % group == 0}
     for piece in pieces(entry):
         zeros += int((piece == 0).sum())
-        for group in kept:
-            kept[group] = max(kept[group], most_kept(piece, group))
+        kept = {group: max(most, most_kept(piece, group)) for group, most in kept.items()}
     sparsity = zeros / _elements(entry.shape)
     return TensorFacts(entry.name, entry.shape, entry.dtype, entry.size_bytes, sparsity, _pattern(sparsity, kept))
 

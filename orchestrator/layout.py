@@ -62,7 +62,8 @@ def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
             expected = tuple(parameters[module_name].shape)
             if entry.shape != expected:
                 raise InputError(
-                    f"{entry.path}: tensor {disk_name} has shape {list(entry.shape)}, config.json implies {list(expected)}"
+                    f"{entry.path}: tensor {disk_name} has shape {list(entry.shape)}, config.json "
+                    f"implies {list(expected)}"
                 )
             by_module[module_name] = entry
     blocks = tuple(_block(checkpoint, skeleton, index, names, by_module) for index in range(len(skeleton.blocks)))

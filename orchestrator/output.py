@@ -16,18 +16,19 @@ from typing import Any
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.shards import TensorEntry, read_bytes, sync_file, write_bytes
 from billhook.orchestrator.checkpoint import Checkpoint
-from billhook.orchestrator.journal import FOLDER, journal_path
+from billhook.orchestrator.journal import FOLDER
 
 COPY_BYTES = 16 << 20
 """Bytes that are held while a tensor is copied."""
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 CARD = "README.md"
 
 
 def is_ours(output: Path) -> bool:
-    """Whether the folder holds a run of ours, finished or not."""
-    return journal_path(output).is_file()
+    """Whether the folder holds a run of ours: finished, interrupted, or killed before its first line."""
+    return (output / FOLDER / LOCK).is_file()
 
 
 def check_free(output: Path, source: Path) -> None:
@@ -55,7 +56,7 @@ def locked(output: Path) -> Iterator[None]:
     private = output / FOLDER
     try:
         private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(private / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(private / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise InputError(f"-o {output}: cannot be written to: {error.strerror}") from error
     try:
@@ -87,9 +88,11 @@ def create_shards(output: Path, checkpoint: Checkpoint) -> None:
         raise RunError(f"{output}: creating the shards failed: {error.strerror}") from error
 
 
-def remove_output(output: Path) -> None:
-    """Remove what a run without a committed block left, and the folder itself."""
+def remove_output(output: Path, keep_folder: bool) -> None:
+    """Remove what a run without a committed block left; the folder itself stays where it was there before."""
     shutil.rmtree(output, ignore_errors=True)
+    if keep_folder:
+        output.mkdir(exist_ok=True)
 
 
 def copy_tensors(entries: Sequence[TensorEntry], output: Path) -> None:

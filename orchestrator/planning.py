@@ -213,8 +213,8 @@ def _check_widths(chosen: tuple[tuple[Linear, ...], ...], pattern: Pattern) -> N
         for linear in (linear for block in chosen for linear in block):
             if linear.shape[1] % pattern.group:
                 raise InputError(
-                    f"--pattern {pattern}: {linear.disk_name} is {linear.shape[1]} wide, which {pattern.group} does not "
-                    "divide; --exclude it or choose another pattern"
+                    f"--pattern {pattern}: {linear.disk_name} is {linear.shape[1]} wide, which {pattern.group} does "
+                    "not divide; --exclude it or choose another pattern"
                 )
 
 

@@ -68,7 +68,8 @@ def plan_as_text(plan: Plan) -> str:
         )
     where = f"the Ray cluster at {plan.workers.address}" if plan.workers.address else "this machine"
     lines += [
-        f"runs       {plan.workers.count} {recipe.device} worker(s) of {recipe.threads} thread(s), {recipe.dtype}, on {where}",
+        f"runs       {plan.workers.count} {recipe.device} worker(s) of {recipe.threads} thread(s), "
+        f"{recipe.dtype}, on {where}",
         f"reads      {gibibytes(estimate.bytes_read)}, writes {gibibytes(estimate.bytes_written)}",
         f"computes   {estimate.flops:.3g} FLOP, about {_duration(estimate.seconds)}",
         f"peaks      RAM {gibibytes(estimate.peak_bytes['ram'])}, "
@@ -82,7 +83,8 @@ def inspection_as_text(found: Inspection) -> str:
     """Return an inspection as a table."""
     width = max((len(fact.name) for fact in found.tensors), default=4)
     rows = [
-        f"{fact.name:<{width}}  {'x'.join(map(str, fact.shape)):>14}  {fact.dtype:>5}  {fact.sparsity:8.4f}  {fact.pattern}"
+        f"{fact.name:<{width}}  {'x'.join(map(str, fact.shape)):>14}  {fact.dtype:>5}  {fact.sparsity:8.4f}  "
+        f"{fact.pattern}"
         for fact in found.tensors
     ]
     head = f"{'tensor':<{width}}  {'shape':>14}  {'dtype':>5}  {'sparsity':>8}  pattern"
@@ -112,7 +114,8 @@ def methods_as_text() -> str:
         options = ", ".join(f"{name}={value}" for name, value in method["options"].items()) or "none"
         needs = ", ".join(method["statistics"]) or "nothing"
         blocks.append(
-            f"{method['name']}: {method['summary']}\n  source   {method['source']}\n  needs    {needs}\n  options  {options}"
+            f"{method['name']}: {method['summary']}\n  source   {method['source']}\n  needs    {needs}\n"
+            f"  options  {options}"
         )
     return "\n".join(blocks)
 

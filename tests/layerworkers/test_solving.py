@@ -19,7 +19,11 @@ SAMPLES = 22  # six partitions of four, the last one short
 
 def problem(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     torch.manual_seed(0)
-    weights = {"q": torch.randn(96, 64).to(dtype), "k": torch.randn(40, 64).to(dtype), "v": torch.randn(33, 64).to(dtype)}
+    weights = {
+        "q": torch.randn(96, 64).to(dtype),
+        "k": torch.randn(40, 64).to(dtype),
+        "v": torch.randn(33, 64).to(dtype),
+    }
     mixing = torch.eye(64) + 0.3 * torch.randn(64, 64)
     return weights, [(torch.randn(1, 12, 64) @ mixing).bfloat16() for _ in range(SAMPLES)]
 

@@ -164,9 +164,7 @@ MODELS: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), MODELS, ids=[spoil.__name__ for spoil, _ in MODELS])
-def test_bad_models(
-    model: Path, text_file: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
-) -> None:
+def test_bad_models(model: Path, text_file: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(model)
     with pytest.raises(InputError, match=message):
         prune(model, tmp_path / "out", calibration=str(text_file), samples=4, seqlen=32)
@@ -236,7 +234,8 @@ def test_a_second_driver_on_the_same_output_is_refused(llama: Path, tmp_path: Pa
 def test_remote_code_is_run_on_request_only(model: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (model / "configuration_evil.py").write_text(
-        f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass Evil(LlamaConfig):\n    pass\n"
+        f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaConfig\n"
+        "class Evil(LlamaConfig):\n    pass\n"
     )
     edit_json(
         model / "config.json",

@@ -15,7 +15,9 @@ from billhook.orchestrator import cli, verify
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
 
 
-def run(*arguments: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+def run(
+    *arguments: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
     """Run a command in this process; return exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["billhook", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -111,7 +113,11 @@ def test_methods_lists_name_source_and_statistics(
     ],
 )
 def test_wrong_requests_exit_with_2_and_say_why_on_standard_error(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*arguments, capsys=capsys, monkeypatch=monkeypatch)
