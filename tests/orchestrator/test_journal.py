@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from billhook.layerworkers.errors import RunError
+from billhook.orchestrator.journal import append, journal_path, read_journal
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    (tmp_path / "billhook").mkdir()
+    append(tmp_path, "plan", {"fingerprint": {"a": 1}})
+    append(tmp_path, "block", {"index": 0})
+    return tmp_path
+
+
+def test_lines_come_back(output: Path) -> None:
+    assert read_journal(output) == [{"kind": "plan", "fingerprint": {"a": 1}}, {"kind": "block", "index": 0}]
+
+
+def test_every_torn_tail_is_ignored_and_then_overwritten(output: Path) -> None:
+    whole = journal_path(output).read_bytes()
+    first = whole.index(b"\n") + 1
+    for length in range(first, len(whole)):
+        journal_path(output).write_bytes(whole[:length])
+        assert [line["kind"] for line in read_journal(output)] == ["plan"]
+    append(output, "rest", {"tensors": 2})
+    assert [line["kind"] for line in read_journal(output)] == ["plan", "rest"]
+
+
+def test_every_flipped_byte_of_the_last_line_is_noticed(output: Path) -> None:
+    whole = journal_path(output).read_bytes()
+    for place in range(whole.index(b"\n") + 1, len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x01
+        journal_path(output).write_bytes(damaged)
+        assert [line["kind"] for line in read_journal(output)] == ["plan"]
+
+
+def test_a_disk_that_fails_is_a_run_error(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("billhook.orchestrator.journal.os.fsync", fail)
+    with pytest.raises(RunError, match="No space left on device"):
+        append(output, "block", {"index": 1})
