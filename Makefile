@@ -1,10 +1,10 @@
-# make demo | make test | make lint | make bench-fidelity. All of them set up .venv first; nothing else is touched.
+# make demo | make test | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format bench-fidelity clean
+.PHONY: setup demo test lint format clean
 
 setup: $(STAMP)
 
@@ -29,9 +29,6 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-bench-fidelity: setup
-	$(BIN)/python benchmarks/fidelity.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
