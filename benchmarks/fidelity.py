@@ -16,8 +16,9 @@ import platform
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -30,18 +31,21 @@ class Row:
     pattern: str
     sparsity: float | None
     reference: float
-    reference_seconds: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.pattern} {self.sparsity or ''}".strip()
 
 
 ROWS = (
-    Row("magnitude", "unstructured", 0.5, 629.9, None),
-    Row("wanda", "unstructured", 0.5, 51.35, 42),
-    Row("sparsegpt", "unstructured", 0.5, 42.39, 86),
-    Row("admm", "unstructured", 0.5, 37.48, None),
-    Row("wanda", "2:4", None, 153.9, None),
-    Row("sparsegpt", "2:4", None, 70.11, 111),
-    Row("sparsegpt", "unstructured", 0.7, 161.1, 118),
-    Row("admm", "unstructured", 0.7, 106.2, 215),
+    Row("magnitude", "unstructured", 0.5, 629.9),
+    Row("wanda", "unstructured", 0.5, 51.35),
+    Row("sparsegpt", "unstructured", 0.5, 42.39),
+    Row("admm", "unstructured", 0.5, 37.48),
+    Row("wanda", "2:4", None, 153.9),
+    Row("sparsegpt", "2:4", None, 70.11),
+    Row("sparsegpt", "unstructured", 0.7, 161.1),
+    Row("admm", "unstructured", 0.7, 106.2),
 )
 DENSE = 24.02
 
@@ -52,11 +56,12 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="WikiText-2 raw test split")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", help="only the rows whose 'method pattern sparsity' contains this")
+    parser.add_argument("--resume", action="store_true", help="keep the figures that results/fidelity.json holds")
     arguments = parser.parse_args()
 
     from smollm2 import smollm2_folder
 
+    from billhook.cluster.session import ray_session
     from billhook.orchestrator import evaluate, prune
 
     model = smollm2_folder()
@@ -64,44 +69,60 @@ def main() -> None:
     def perplexity(folder: Path) -> float:
         return evaluate(folder, arguments.text, seqlen=1024, windows=32, workers=arguments.workers).perplexity
 
-    dense = perplexity(model)
-    print(f"dense {dense:.2f} (reference {DENSE})", flush=True)
-    rows = []
-    for row in ROWS:
-        name = f"{row.method} {row.pattern} {row.sparsity or ''}".strip()
-        if arguments.only and arguments.only not in name:
-            continue
-        figures, seconds = [], []
-        for seed in range(arguments.seeds if row.method != "magnitude" else 1):
-            with tempfile.TemporaryDirectory() as scratch:
-                result = prune(
-                    model,
-                    Path(scratch) / "out",
-                    method=row.method,
-                    pattern=row.pattern,
-                    sparsity=row.sparsity,
-                    calibration=arguments.calibration,
-                    samples=32,
-                    seqlen=512,
-                    seed=seed,
-                    workers=arguments.workers,
-                )
-                figures.append(perplexity(result.output))
-                seconds.append(result.seconds)
-        median = statistics.median(figures)
-        worse = median / row.reference - 1
-        verdict = "WORSE" if worse > 0.02 else "ok"
+    document = _previous() if arguments.resume else {}
+    document |= {
+        "command": "python " + " ".join(sys.argv),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+    }
+    figures: dict[str, dict[str, dict[str, float]]] = document.setdefault("figures", {})
+    with ray_session(None, arguments.workers, 0, 256 << 20):
+        if "dense" not in document:
+            document["dense"] = perplexity(model)
+        print(f"dense {document['dense']:.2f} (reference {DENSE})", flush=True)
+        for seed in range(arguments.seeds):
+            for row in ROWS:
+                done = figures.setdefault(row.name, {})
+                if str(seed) in done or (row.method == "magnitude" and seed):
+                    continue
+                with tempfile.TemporaryDirectory() as scratch:
+                    result = prune(
+                        model,
+                        Path(scratch) / "out",
+                        method=row.method,
+                        pattern=row.pattern,
+                        sparsity=row.sparsity,
+                        calibration=arguments.calibration,
+                        samples=32,
+                        seqlen=512,
+                        seed=seed,
+                        workers=arguments.workers,
+                    )
+                    done[str(seed)] = {"perplexity": perplexity(result.output), "seconds": result.seconds}
+                document["rows"] = [_summary(each, figures[each.name]) for each in ROWS if figures.get(each.name)]
+                RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+                print(f"seed {seed}  {row.name:22s} {done[str(seed)]}", flush=True)
+    for summary in document["rows"]:
         print(
-            f"{name:28s} {median:8.2f}  reference {row.reference:7.2f}  {worse:+7.1%} {verdict}  "
-            f"{statistics.median(seconds):5.1f} s  {[round(figure, 2) for figure in figures]}",
-            flush=True,
+            f"{summary['name']:22s} {summary['perplexity']:8.2f}  reference {summary['reference']:7.2f}  "
+            f"{summary['worse']:+7.1%} {'WORSE' if summary['worse'] > 0.02 else 'ok'}  {summary['seconds']:5.1f} s"
         )
-        rows.append({**asdict(row), "perplexity": median, "perplexities": figures, "worse": worse, "seconds": seconds})
-    if not arguments.only:
-        RESULTS.parent.mkdir(exist_ok=True)
-        machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-        document = {"command": " ".join(sys.argv), "machine": machine, "dense": dense, "rows": rows}
-        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _summary(row: Row, figures: dict[str, dict[str, float]]) -> dict[str, object]:
+    median = statistics.median(figure["perplexity"] for figure in figures.values())
+    return {
+        "name": row.name,
+        "seeds": len(figures),
+        "perplexity": median,
+        "reference": row.reference,
+        "worse": median / row.reference - 1,
+        "seconds": statistics.median(figure["seconds"] for figure in figures.values()),
+    }
+
+
+def _previous() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return content
 
 
 def _processor() -> str:
