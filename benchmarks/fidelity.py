@@ -71,7 +71,7 @@ def main() -> None:
 
     document = _previous() if arguments.resume else {}
     document |= {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python benchmarks/fidelity.py --calibration wikitext2-valid.txt --text wikitext2-raw-test.txt",
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
     figures: dict[str, dict[str, dict[str, float]]] = document.setdefault("figures", {})

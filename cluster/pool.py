@@ -11,6 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from billhook.cluster.exchange import Mailbox, RayCollective
 from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.machine import machine_facts
 from billhook.layerworkers.tasks import WorkerSetup
 from billhook.layerworkers.worker import BlockWorker
 
@@ -20,17 +21,19 @@ class WorkerActor:
     """A :class:`BlockWorker` in a process of its own; synchronous, one thread (a greenlet cannot change thread)."""
 
     def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
-        self._worker = BlockWorker(setup, RayCollective(mailbox, range(size), rank))
+        self._setup, self._group = setup, RayCollective(mailbox, range(size), rank)
+
+    def set_up(self) -> dict[str, str]:
+        """Build the worker; return what of its machine decides bits."""
+        self._worker = BlockWorker(self._setup, self._group)
+        return machine_facts(self._setup.device)
+
+    def placed(self) -> None:
+        """Return as soon as the actor's process runs."""
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker."""
         return getattr(self._worker, method)(*arguments)
-
-    def process_id(self) -> int:
-        """Return the id of the actor's process on its node."""
-        import os
-
-        return os.getpid()
 
 
 class WorkerPool:
@@ -59,9 +62,8 @@ class WorkerPool:
             actor_class.options(**options).remote(setup, self._mailbox, workers, rank) for rank in range(workers)
         ]
         try:
-            self.process_ids: list[int] = _outcome(
-                [actor.process_id.remote() for actor in self._actors], placement_timeout_seconds
-            )
+            _outcome([actor.placed.remote() for actor in self._actors], placement_timeout_seconds)
+            _check_alike(_outcome([actor.set_up.remote() for actor in self._actors]))
         except GetTimeoutError as error:
             self.close()
             raise RunError(
@@ -94,6 +96,15 @@ class WorkerPool:
                 ray.kill(actor)
 
 
+def _check_alike(machines: list[dict[str, str]]) -> None:
+    for rank, facts in enumerate(machines):
+        if facts != machines[0]:
+            raise InputError(
+                f"worker {rank} runs on {facts}, worker 0 on {machines[0]}: their results would differ in the last "
+                "bits; use machines of one kind"
+            )
+
+
 def _outcome(calls: list[Any], timeout_seconds: float | None = None) -> list[Any]:
     """Wait for all calls; the first that fails decides, since the others may wait for it for ever."""
     pending = list(calls)
@@ -113,5 +124,7 @@ def _outcome(calls: list[Any], timeout_seconds: float | None = None) -> list[Any
                 f"a worker died ({str(error).strip().splitlines()[-1].strip()}): the machine may have run out of "
                 "memory; run the same command again to go on from the last finished block"
             ) from error
+        except RayError as error:
+            raise RunError(f"Ray failed: {error}; run the same command again to go on") from error
     results: list[Any] = ray.get(calls)
     return results

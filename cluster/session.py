@@ -7,7 +7,7 @@ session, sends no usage statistics, and serves no dashboard.
 from __future__ import annotations
 
 import contextlib
-import json
+import fcntl
 import logging
 import os
 import secrets
@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,12 @@ from billhook.layerworkers.errors import InputError
 
 SESSION_VARIABLE = "BILLHOOK_SESSION"
 """Environment variable, set to the session's folder, that marks every process of a session."""
+
+LOCK = "owner.lock"
+"""File in the session's folder that its command holds a lock on."""
+
+_own_folder: Path | None = None
+"""Folder of the session that this process has started and not yet stopped."""
 
 _LOOPBACK_ONLY = {
     "RAY_AUTH_MODE": "token",
@@ -59,13 +66,14 @@ def ray_session(address: str | None, cpus: int, gpus: int, object_store_bytes: i
 def _join(address: str) -> Iterator[None]:
     import ray
 
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
-            "'ray start --head', or leave --address out to use this machine"
-        ) from error
+    with _python_signal_handlers():
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
+                "'ray start --head', or leave --address out to use this machine"
+            ) from error
     try:
         yield
     finally:
@@ -74,42 +82,73 @@ def _join(address: str) -> Iterator[None]:
 
 @contextmanager
 def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
+    global _own_folder  # noqa: PLW0603 - a process has one Ray session at a time
     folder = Path(tempfile.mkdtemp(prefix="billhook-ray-", dir=_root()))
-    (folder / "owner.json").write_text(json.dumps({"pid": os.getpid(), "started": _start_time(os.getpid())}))
-    environment = {
-        **_LOOPBACK_ONLY,
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        SESSION_VARIABLE: str(folder),
-    }
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
+    own_lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)  # not inherited: Python's files never are
+    fcntl.flock(own_lock, fcntl.LOCK_EX)
+    _own_folder = folder
     try:
-        import ray
+        with (
+            _environment({**_LOOPBACK_ONLY, "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION_VARIABLE: str(folder)}),
+            _python_signal_handlers(),
+        ):
+            import ray
 
-        _reload_ray_environment()
-        ray.init(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            object_store_memory=max(object_store_bytes, 80 << 20),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=str(folder),
-            _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
-        )
+            _reload_ray_environment()
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=max(object_store_bytes, 80 << 20),
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=str(folder),
+                _system_config={
+                    "enable_worker_prestart": False,
+                    "prestart_worker_first_driver": False,
+                    "worker_niceness": 0,  # Ray would start them at 15, behind everything else on the machine
+                },
+            )
         try:
             yield
         finally:
             ray.shutdown()
+            _reload_ray_environment()
+    finally:
+        _own_folder = None
+        _remove(folder)
+        os.close(own_lock)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes that are started meanwhile, and for no others."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _reload_ray_environment()
-        _remove(folder)
+
+
+@contextmanager
+def _python_signal_handlers() -> Iterator[None]:
+    """Keep the handlers of SIGINT and SIGTERM: Ray puts its own in their place, which abort or exit with the number."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
 def _reload_ray_environment() -> None:
@@ -124,16 +163,30 @@ def _reload_ray_environment() -> None:
 
 
 def remove_leftovers() -> None:
-    """End the processes and remove the folders of this user's sessions whose command no longer lives."""
+    """End the processes and remove the folders of this user's sessions whose command no longer lives.
+
+    A living command holds a lock on a file in its session's folder, also when it is in another container that shares
+    the folder; a dead one holds nothing.
+    """
     for folder in _root().glob("billhook-ray-*"):
         try:
             if folder.stat().st_uid != os.getuid():
                 continue
-            owner = json.loads((folder / "owner.json").read_text())
-        except (OSError, ValueError):
+            lock = os.open(folder / LOCK, os.O_RDWR)
+        except OSError:
             continue
-        if _start_time(owner["pid"]) != owner["started"]:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(folder)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def marked_processes() -> list[int]:
+    """Return the ids of the Ray processes of the session that this process started."""
+    return _processes_of(_own_folder) if _own_folder is not None else []
 
 
 def _remove(folder: Path) -> None:
@@ -141,12 +194,6 @@ def _remove(folder: Path) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def marked_processes() -> list[int]:
-    """Return the ids of the processes of the session that this process started, without this one."""
-    folder = os.environ.get(SESSION_VARIABLE)
-    return _processes_of(Path(folder)) if folder else []
 
 
 def _processes_of(folder: Path) -> list[int]:
@@ -159,14 +206,6 @@ def _processes_of(folder: Path) -> list[int]:
             if pid != os.getpid() and mark in environ.read_bytes().split(b"\0"):
                 marked.append(pid)
     return marked
-
-
-def _start_time(pid: int) -> str | None:
-    """Return when a process started (clock ticks since boot), which tells it from a later one with the same id."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
 
 
 def _root() -> Path:

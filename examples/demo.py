@@ -35,7 +35,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         calibration, evaluation = split_text(arguments.text, Path(scratch))
         say("2/4  prune it: SparseGPT, half of the weights of every linear, two workers")
-        shutil.rmtree(arguments.output, ignore_errors=True)
+        if (arguments.output / "billhook" / "lock").is_file():  # an output of ours: make it anew
+            shutil.rmtree(arguments.output)
         pruned = billhook(
             "prune", model, "-o", arguments.output, "--method", "sparsegpt", "--sparsity", "0.5",
             "--calibration", calibration, "--samples", SAMPLES, "--seqlen", SEQLEN, "--workers", 2,

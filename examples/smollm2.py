@@ -27,16 +27,11 @@ def smollm2_folder() -> Path:
     if not (folder / "model.safetensors.index.json").is_file():
         with tempfile.TemporaryDirectory() as scratch:
             gguf = _download(Path(scratch))
-            made = Path(tempfile.mkdtemp(dir=_made(cache_folder())))
+            made = Path(scratch) / "made"
             _convert(gguf, made)
-        shutil.rmtree(folder, ignore_errors=True)
-        made.chmod(0o755)
-        made.rename(folder)
-    return folder
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(made, folder)
     return folder
 
 

@@ -1,8 +1,9 @@
 """The column sweep of SparseGPT inside one block of columns (arXiv 2301.00774, Algorithm 1).
 
 Legend: R rows, B columns of the block. For each column j, from left to right, a row whose entry is pruned has the
-error ``e = w_j / U_jj``; ``e U_jt`` is subtracted from its columns t >= j, which leaves w_j = 0. The errors E are
-returned, since the columns right of the block are updated with them in one product.
+error ``e = w_j / U_jj``; w_j becomes 0, and ``e U_jt`` is subtracted from its columns t > j. The errors E are
+returned, since the columns right of the block are updated with them in one product. A channel that weighs nothing has
+U_jj infinite: its error is 0.
 
 Each function exists as a reference, which reads like the formula, and as a compiled loop over rows for the CPU, where
 torch would spend its time launching B dependent steps. Rows are independent given the mask.
@@ -26,7 +27,7 @@ def sweep_masked_reference(w_RB: Tensor, u_BB: Tensor, prune_RB: Tensor) -> Tens
     error_RB = torch.zeros_like(w_RB)
     for j in range(w_RB.shape[1]):
         e_R = torch.where(prune_RB[:, j], w_RB[:, j] / u_BB[j, j], 0.0)
-        w_RB[:, j:] -= e_R[:, None] * u_BB[j, j:]
+        w_RB[:, j + 1 :] -= e_R[:, None] * u_BB[j, j + 1 :]
         w_RB[:, j] = torch.where(prune_RB[:, j], 0.0, w_RB[:, j])
         error_RB[:, j] = e_R
     return error_RB
@@ -46,7 +47,7 @@ def sweep_groups_reference(w_RB: Tensor, u_BB: Tensor, keep: int, group: int) ->
             score = (w_RB[:, j : j + group] / diagonal_B[j : j + group]).square()
             prune_RB[:, j : j + group] = smallest_in_rows(score, group - keep)
         e_R = torch.where(prune_RB[:, j], w_RB[:, j] / u_BB[j, j], 0.0)
-        w_RB[:, j:] -= e_R[:, None] * u_BB[j, j:]
+        w_RB[:, j + 1 :] -= e_R[:, None] * u_BB[j, j + 1 :]
         w_RB[:, j] = torch.where(prune_RB[:, j], 0.0, w_RB[:, j])
         error_RB[:, j] = e_R
     return error_RB
@@ -84,8 +85,13 @@ def _compiled() -> tuple[Any, Any]:
     if _loops is None:
         import numba
 
-        compile_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
-        _loops = compile_loop(_masked_loop), compile_loop(_groups_loop)
+        def compiled(loop: Any) -> Any:
+            try:
+                return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
+            except RuntimeError:  # no folder that the cache could be written to
+                return numba.njit(nogil=True, error_model="numpy")(loop)
+
+        _loops = compiled(_masked_loop), compiled(_groups_loop)
     return _loops
 
 

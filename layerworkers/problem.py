@@ -84,8 +84,10 @@ class LinearProblem:
     def normalised(self, ridge: float, rho: float) -> Normalised:
         """Return the unit-diagonal form with ``ridge mean(diag A)`` added to the diagonal, and ``(A + rho I)^-1``.
 
+        Where ``A + rho I`` is not positive definite in float32, the ridge itself is raised, on both.
+
         Raises:
-            RunError: when ``A + rho I`` is not positive definite even with a hundred times the ridge more.
+            RunError: when it is not even with a hundred times the ridge (with 1, for a ridge of 0).
         """
 
         def compute() -> tuple[Tensor, ...]:
@@ -95,11 +97,12 @@ class LinearProblem:
             gram_CC /= norms_C
             gram_CC /= norms_C[:, None]
             mean = float(gram_CC.diagonal().double().mean())
-            gram_CC.diagonal().add_(ridge * mean)
             inverse_CC = gram_CC.clone()
-            extra = [0.0, *(ridge * step for step in LADDER[1:])]
-            tried = self._climb(inverse_, inverse_CC, [rho + step * mean for step in extra], 1.0)
-            return norms_C, gram_CC, inverse_CC, torch.tensor(tried, dtype=torch.float64) - rho + ridge * mean
+            inverse_CC.diagonal().add_(rho)
+            ladder = [ridge * step for step in LADDER] if ridge > 0 else [0.0, *(step / LADDER[-1] for step in LADDER)]
+            tried = self._climb(inverse_, inverse_CC, ladder, mean)
+            gram_CC.diagonal().add_(tried[-1] * mean)
+            return norms_C, gram_CC, inverse_CC, torch.tensor(tried, dtype=torch.float64)
 
         norms_C, gram_CC, inverse_CC, tried = self._shared(("normalised", ridge, rho), compute)
         self.dampings = tried.tolist()

@@ -21,6 +21,8 @@ class Node:
     level: int
     index: int
     total: Tensor
+    partitions: int = 1
+    """Partitions in the sum."""
 
 
 def fold(nodes: Iterable[Node]) -> list[Node]:
@@ -33,7 +35,8 @@ def fold(nodes: Iterable[Node]) -> list[Node]:
         stack.append(node)
         while len(stack) > 1 and _are_siblings(stack[-2], stack[-1]):
             right, left = stack.pop(), stack.pop()
-            stack.append(Node(left.level + 1, left.index // 2, left.total.add_(right.total)))
+            merged = left.total.add_(right.total)
+            stack.append(Node(left.level + 1, left.index // 2, merged, left.partitions + right.partitions))
     return stack
 
 
@@ -49,13 +52,12 @@ def total(nodes: Iterable[Node], partitions: int) -> Tensor:
     stack = fold(nodes)
     while len(stack) > 1 or stack[0].index > 0:
         last = stack.pop()
-        stack = fold([*stack, Node(last.level + 1, last.index // 2, last.total)])
-    assert stack[0].index == 0
-    assert partitions <= 1 << max(stack[0].level, (partitions - 1).bit_length())
+        stack = fold([*stack, Node(last.level + 1, last.index // 2, last.total, last.partitions)])
+    assert stack[0].partitions == partitions, f"{stack[0].partitions} partitions summed, expected {partitions}"
     return stack[0].total
 
 
-def aligned_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:
+def even_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:
     """Split the partitions into one consecutive range (start, stop) per worker, sizes differing by at most one."""
     bounds = [partitions * worker // workers for worker in range(workers + 1)]
     return list(pairwise(bounds))

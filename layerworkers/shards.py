@@ -135,6 +135,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Read rows ``start`` to ``stop`` of a tensor whose first dimension is the rows, in its dtype on disk."""
+    assert 0 <= start <= stop <= entry.shape[0], f"{entry.name}: rows {start} to {stop} of {entry.shape[0]}"
     row_bytes = entry.size_bytes // entry.shape[0]
     data = read_bytes(entry.path, entry.start_bytes + start * row_bytes, (stop - start) * row_bytes)
     return data.view(DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.reduction import aligned_ranges
+from billhook.layerworkers.reduction import even_ranges
 
 FLOPS_PER_SECOND = 5e10
 """Rate of one worker that the choice between the two ways assumes: about that of one CPU core in float32."""
@@ -48,7 +48,7 @@ def _split(rows: int, workers: int, partition_rows: int) -> list[Rows]:
     partitions = list(row_partitions(rows, partition_rows))
     return [
         (partitions[start][0], partitions[stop - 1][1]) if stop > start else (0, 0)
-        for start, stop in aligned_ranges(len(partitions), workers)
+        for start, stop in even_ranges(len(partitions), workers)
     ]
 
 

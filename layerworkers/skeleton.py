@@ -115,10 +115,6 @@ class Skeleton:
         """Return how block ``index`` computes."""
         return self._facts[index]
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Return the linears of block ``index`` by their name within it."""
-        return {name: module for name, module in self.blocks[index].named_modules() if type(module) is nn.Linear}
-
     def stem_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters before and after the blocks by module name, without embedding and head matrices."""
         skipped = {id(module.weight) for module in (self._embedding(), self._head()) if module is not None}
@@ -138,6 +134,10 @@ class Skeleton:
         if head is None or head.weight is self._embedding().weight:
             return self.embedding_name()
         return _name_of(self.model, head) + ".weight"
+
+    def tied_head_name(self) -> str:
+        """Return the name under which the head matrix would be a parameter of its own, were it not tied."""
+        return _name_of(self.model, self._head_module()) + ".weight"
 
     def set_parameter(self, name: str, value: Tensor) -> None:
         """Put a tensor in place of the parameter ``name``, in the compute dtype, on the device."""
@@ -162,10 +162,14 @@ class Skeleton:
         distinct, positions = torch.unique(tokens, return_inverse=True)
         embedding = self._embedding()
         whole, embedding.weight = embedding.weight, nn.Parameter(rows_of(distinct), requires_grad=False)
+        padding, embedding.padding_idx = (
+            embedding.padding_idx,
+            None,
+        )  # a row of the whole matrix; matters to gradients only
         try:
             embedded = embedding(positions[None].to(self.device))
         finally:
-            embedding.weight = whole
+            embedding.weight, embedding.padding_idx = whole, padding
         return self._record(embedded)
 
     @torch.inference_mode()
@@ -321,7 +325,7 @@ def _run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Bloc
     ]
     handles = []
     for name, module in block.named_modules():
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
 
             def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
                 alive.append(inputs[0])
@@ -348,6 +352,6 @@ def same_arguments(left: Sequence[Arguments], right: Sequence[Arguments]) -> boo
     left_leaves, left_tree = tree_flatten(list(left))
     right_leaves, right_tree = tree_flatten(list(right))
     return left_tree == right_tree and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        a is b or (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b))
         for a, b in zip(left_leaves, right_leaves, strict=True)
     )

@@ -30,7 +30,7 @@ class Solved:
     """A pruned linear, whole, on every worker."""
 
     weight: Tensor
-    """[R, C] in its dtype on disk, on the CPU; zeros are positive."""
+    """[R, C] in its dtype on disk, on the CPU; zeros are positive where anything was removed."""
     report: LinearReport
 
 
@@ -98,14 +98,14 @@ def _reduce(
         partitions.setdefault(sample // task.partition_samples, []).append(x)
     nodes = accumulate(statistic, columns, list(partitions.items()), device)
     if group.size > 1:
-        message = [(node.level, node.index, node.total.cpu().numpy()) for node in nodes]
+        message = [(node.level, node.index, node.total.cpu().numpy(), node.partitions) for node in nodes]
         gathered = gather_to(group, root, message)
         if group.rank != root:
             return None
         nodes = [
-            Node(level, index, torch.from_numpy(np.array(array)).to(device))
+            Node(level, index, torch.from_numpy(np.array(array)).to(device), partitions)
             for message in gathered
-            for level, index, array in message
+            for level, index, array, partitions in message
         ]
     return total(nodes, task.partitions)
 
@@ -125,7 +125,7 @@ def _solve_share(
         solution = method.solve(rows, problem, select, linear.options)
     except RunError as error:
         raise RunError(f"{linear.disk_name}: {error}") from error
-    sparse = _as_written(linear, method, solution, weight.dtype)
+    sparse = _as_written(linear, method, solution, weight[start:stop])
     return {
         "bytes": sparse.view(torch.uint8).numpy(),
         "removed": solution.removed,
@@ -135,9 +135,12 @@ def _solve_share(
     }
 
 
-def _as_written(linear: LinearTask, method: Method, solution: Solution, dtype: torch.dtype) -> Tensor:
-    """Cast the solution to the dtype on disk; -0.0 becomes 0.0."""
+def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: Tensor) -> Tensor:
+    """Cast the solution to the dtype on disk; what the method left alone keeps its bits, -0.0 becomes 0.0."""
+    dtype = dense.dtype
     sparse = solution.weight_RC.to("cpu", dtype)
+    if dtype == torch.float64:
+        sparse = torch.where(sparse == dense.float(), dense, sparse)
     sparse.masked_fill_(sparse == 0, 0.0)
     if not torch.isfinite(sparse).all():
         raise RunError(f"{linear.disk_name}: {method.name} gave a weight that is not finite in {dtype}")

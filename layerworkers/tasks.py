@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from billhook.layerworkers.patterns import Pattern
@@ -58,7 +58,8 @@ class LinearTask:
     """Name of the module within the block."""
     pattern: Pattern
     method: str
-    options: dict[str, Any] = field(hash=False)
+    options: Any
+    """The method's own frozen dataclass of options."""
 
 
 @dataclass(frozen=True)

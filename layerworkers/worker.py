@@ -122,10 +122,6 @@ class BlockWorker:
         self._check_hidden(index)
         self._skeleton.drop_block(index)
 
-    def hidden_states(self) -> list[Tensor]:
-        """Return the samples' hidden states after the last block run, [1, T, H] each."""
-        return self._hidden
-
     def logits(self, index: int) -> Tensor:
         """Return the logits [1, T, V] of this worker's ``index``-th sample, whose hidden state left the last block."""
         return self._skeleton.finish(self._hidden[index], self._apply_head)
@@ -136,6 +132,10 @@ class BlockWorker:
         for number, sample in enumerate(self._samples):
             logits = self.logits(number)[0, :-1]
             targets = torch.tensor(sample.tokens[1:], device=self._device)
+            if not torch.isfinite(logits).all():
+                raise RunError(
+                    f"the logits of window {sample.index} are not finite in {logits.dtype}; try --dtype float32"
+                )
             total = math.fsum(
                 float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
                 for part, wanted in zip(torch.split(logits, 128), torch.split(targets, 128), strict=True)
@@ -145,7 +145,7 @@ class BlockWorker:
 
     def peak_vram_bytes(self) -> int:
         """Return the most memory that torch has held on this worker's GPU; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else 0
 
     def _load(self, tensors: Sequence[ModuleTensor]) -> dict[str, Tensor]:
         """Read the block's tensors into the module; return them as on disk, by name."""
@@ -199,7 +199,10 @@ class BlockWorker:
         logits = hidden.new_empty(*hidden.shape[:-1], entry.shape[0])
         for start in range(0, entry.shape[0], rows):
             stop = min(start + rows, entry.shape[0])
-            weight = read_rows(entry, start, stop).to(self._device, hidden.dtype)
+            rows_read = read_rows(entry, start, stop)
+            if not torch.isfinite(rows_read).all():
+                raise InputError(f"{entry.path}: tensor {entry.name} holds NaN or infinity; mend the source checkpoint")
+            weight = rows_read.to(self._device, hidden.dtype)
             logits[..., start:stop] = functional.linear(hidden, weight)
         return logits
 

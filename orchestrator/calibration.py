@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from billhook.layerworkers.errors import InputError
+from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.recipe import Recipe
 
 CHARACTERS_PER_TOKEN = 8
@@ -128,15 +129,15 @@ def bos_tokens(tokenizer: Any, bos: str) -> tuple[int, ...]:
     return (token,) if token is not None and starts == [token] else ()
 
 
-def read_text(source: str, field: str, characters: int) -> str:
+def read_text(source: str, field: str, characters: int | None) -> str:
     """Read a text file, a JSONL file (``.jsonl``, documents joined by blank lines), or a Hugging Face dataset.
 
-    characters: how much is taken of a dataset.
+    characters: how much is taken of a dataset; None takes all of it.
 
     Raises:
         InputError: when the source is missing or has no such field.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         if path.is_file():
             if path.suffix == ".jsonl":
@@ -153,7 +154,7 @@ def read_text(source: str, field: str, characters: int) -> str:
 
 def _jsonl_documents(path: Path, field: str) -> list[str]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -162,11 +163,25 @@ def _jsonl_documents(path: Path, field: str) -> list[str]:
             raise InputError(f"{path}, line {number}: is not a JSON object") from error
         except KeyError as error:
             raise InputError(f"{path}, line {number}: has no field {field!r}; name it with --field") from error
-        documents.append(str(document))
+        documents.append(_checked_text(document, f"{path}, line {number}", field))
     return documents
 
 
-def _dataset_text(source: str, field: str, characters: int) -> str:
+def _checked_text(document: object, where: str, field: str) -> str:
+    if not isinstance(document, str):
+        raise InputError(
+            f"{where}: field {field!r} holds {type(document).__name__}, expected text; name it with --field"
+        )
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: field {field!r} holds half of a surrogate pair, which is no text: {error}"
+        ) from error
+    return document
+
+
+def _dataset_text(source: str, field: str, characters: int | None) -> str:
     """Join the first documents of a dataset ``NAME[:CONFIG[:SPLIT]]`` until there are enough characters."""
     try:
         from datasets import load_dataset
@@ -184,9 +199,9 @@ def _dataset_text(source: str, field: str, characters: int) -> str:
                 raise InputError(
                     f"{source}: rows have the fields {', '.join(row)}, not {field!r}; name it with --field"
                 )
-            documents.append(str(row[field]))
+            documents.append(_checked_text(row[field], source, field))
             total += len(documents[-1])
-            if total >= characters:
+            if characters is not None and total >= characters:
                 break
     except InputError:
         raise
@@ -194,6 +209,20 @@ def _dataset_text(source: str, field: str, characters: int) -> str:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: no such file, and no dataset of this name could be read: {first_line}") from error
     return "\n\n".join(documents)
+
+
+def check_vocabulary(windows: Windows, rows: int, source: str) -> None:
+    """Check that the embedding matrix has a row for every token.
+
+    Raises:
+        InputError: when the tokenizer makes tokens that the model does not have.
+    """
+    highest = max(max(window) for window in windows.tokens)
+    if highest >= rows:
+        raise InputError(
+            f"{source}: the tokenizer makes token {highest}, the model's embedding has {rows} rows: they do not belong "
+            "together; give the checkpoint its own tokenizer"
+        )
 
 
 def _windows(tokens: list[tuple[int, ...]]) -> Windows:

@@ -14,6 +14,7 @@ from typing import Any
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry, read_header
+from billhook.orchestrator.paths import user_path
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -53,8 +54,10 @@ class Checkpoint:
         return sum(shard.size_bytes for shard in self.shards)
 
     def sha256(self) -> str:
-        """Return a hash of the headers and of 4 KiB at 16 places of each shard: cheap, and finds a swapped file."""
+        """Return a hash of config, tokenizer and code, and of the headers and 4 KiB at 16 places of each shard."""
         digest = hashlib.sha256()
+        for name in self.others:
+            digest.update(name.encode() + hashlib.sha256((self.folder / name).read_bytes()).digest())
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
             with (self.folder / shard.name).open("rb") as file:
@@ -70,9 +73,9 @@ def resolve_model(model: str | Path) -> Path:
     Raises:
         InputError: when there is no such folder, or the hub does not answer.
     """
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if folder.is_dir():
-        return folder.resolve()
+        return folder
     if folder.exists():
         raise InputError(f"{model}: is a file; expected a Hugging Face model folder or a hub id")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
@@ -183,9 +186,13 @@ def open_file(path: Path) -> Shard:
     Raises:
         InputError: when the file is no valid safetensors file or is truncated.
     """
-    header, entries = read_header(path)
+    try:
+        header, entries = read_header(path)
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     _validate(path)
-    return Shard(path.name, header, tuple(entries), os.stat(path).st_size)
+    return Shard(path.name, header, tuple(entries), size)
 
 
 def _open_shard(folder: Path, name: str) -> Shard:

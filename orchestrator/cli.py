@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect as signatures
 import json
+import math
 import signal
 import sys
 import typing
@@ -37,7 +38,8 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", hel
 
 def main() -> None:
     """Run the command line; see ``docs/cli.md`` for the exit codes."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     app()
 
 
@@ -52,6 +54,8 @@ def ending_with_code(command: Callable[..., None]) -> Callable[..., None]:
             raise _failed(error, 2) from error
         except RunError as error:
             raise _failed(error, 1) from error
+        except OSError as error:
+            raise _failed(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1) from error
         except KeyboardInterrupt as error:
             raise _failed("interrupted; the same command goes on from the last finished block", 130) from error
 
@@ -208,7 +212,7 @@ def verify_command(
     else:
         for problem in found.problems:
             print(f"{problem.name}: {problem.reason}")
-        compared = f"compared with {found.against}" if found.against else "source not found: not compared with it"
+        compared = f"compared with {found.against}" if found.against else "source gone or changed: not compared with it"
         print(f"{output}: {'ok' if found.ok else 'NOT OK'}, {found.checked_tensors} tensors, {compared}")
     if not found.ok:
         raise typer.Exit(1)
@@ -270,7 +274,8 @@ def eval_command(
             progress=progress,
         )
     if json_output:
-        _print_json(dataclasses.asdict(result))
+        finite = result.perplexity if math.isfinite(result.perplexity) else None
+        _print_json({**dataclasses.asdict(result), "perplexity": finite})
     else:
         print(
             f"perplexity {result.perplexity:.4f} on {result.windows} windows of {result.seqlen} tokens, "
@@ -291,4 +296,4 @@ def methods_command(json_output: Json = False) -> None:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=1, default=str))
+    print(json.dumps(document, indent=1, default=str, allow_nan=False))

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.reduction import aligned_ranges
+from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import BlockReport, LinearReport, ModuleTensor, Sample
 from billhook.orchestrator import output as out
-from billhook.orchestrator.calibration import Windows, calibration_windows
+from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary
 from billhook.orchestrator.card import model_card
 from billhook.orchestrator.journal import FOLDER, append, read_journal
-from billhook.orchestrator.planning import Plan, make_plan
+from billhook.orchestrator.paths import user_path
+from billhook.orchestrator.planning import Plan, make_plan, object_store_bytes
 from billhook.orchestrator.recipe import RunOptions, read_options
 from billhook.orchestrator.workers import Progress, no_progress, worker_pool
 
@@ -58,11 +59,12 @@ def prune(
     asked, resources = read_options(recipe, options)
     report = progress or no_progress
     plan = make_plan(model, asked, resources)
-    target = Path(output).expanduser()
-    out.check_free(target, plan.model.checkpoint.folder)
+    target = user_path(output)  # absolute: workers have a working folder of their own
+    out.check_free(target, plan.model.checkpoint)
     windows = None
     if plan.method.statistic is not None:
         windows = calibration_windows(plan.recipe, plan.model.checkpoint.folder, plan.model.config)
+        check_vocabulary(windows, plan.model.layout.stem.embedding.shape[0], str(plan.recipe.calibration))
     fingerprint = plan.fingerprint(windows.sha256 if windows else None)
     existed = target.is_dir()
     with out.locked(target):
@@ -76,8 +78,8 @@ def prune(
                 peak = _run(plan, windows, target, report)
                 _finish(plan, windows, target)
             except InputError:
-                if fresh and not any(line["kind"] == "block" for line in read_journal(target)):
-                    out.remove_output(target, keep_folder=existed)
+                if not any(line["kind"] == "block" for line in read_journal(target)):
+                    out.remove_output(target, plan.model.checkpoint, keep_folder=existed)
                 raise
     linears = _reports(target)
     disk = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -130,7 +132,7 @@ def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) ->
     committed = {line["index"] for line in read_journal(output) if line["kind"] == "block"}
     total = len(plan.model.layout.blocks)
     if len(committed) < total:
-        with worker_pool(plan.model, plan.workers, _store_bytes(plan), report) as (pool, memory):
+        with worker_pool(plan.model, plan.workers, object_store_bytes(plan), report) as (pool, memory):
             samples = _deal_samples(plan, windows)
             pool.call_each("start", [(plan.model.layout.stem, own) for own in samples])
             for block in plan.model.layout.blocks:
@@ -158,25 +160,13 @@ def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) ->
     return peak
 
 
-def _store_bytes(plan: Plan) -> int:
-    """Return what the object store must hold: an exchange's statistics from all workers, and the solved rows."""
-    if plan.workers.count == 1:
-        return 0
-    linears = [linear for block in plan.linears for linear in block]
-    statistic = plan.method.statistic
-    widest = max(linear.shape[1] for linear in linears)
-    largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
-    reduced = statistic.size_bytes(widest) if statistic is not None else 0
-    return plan.workers.count * 4 * reduced + 2 * 4 * largest + (128 << 20)
-
-
 def _deal_samples(plan: Plan, windows: Windows | None) -> list[list[Sample]]:
     """Give each worker a consecutive range of whole partitions."""
     if windows is None:
         return [[] for _ in range(plan.workers.count)]
     size = plan.recipe.partition_samples
     samples = [Sample(index, tokens) for index, tokens in enumerate(windows.tokens)]
-    return [samples[start * size : stop * size] for start, stop in aligned_ranges(plan.partitions, plan.workers.count)]
+    return [samples[start * size : stop * size] for start, stop in even_ranges(plan.partitions, plan.workers.count)]
 
 
 def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTensor, ...]:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.reduction import aligned_ranges
+from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import Sample, WindowLoss
 from billhook.orchestrator.calibration import (
     CHARACTERS_PER_TOKEN,
+    check_vocabulary,
     default_seqlen,
     evaluation_windows,
     load_tokenizer,
     read_text,
 )
-from billhook.orchestrator.model import open_model, resolve_workers
+from billhook.orchestrator.model import check_gpus, open_model, resolve_workers
 from billhook.orchestrator.planning import check_context
 from billhook.orchestrator.workers import Progress, Workers, no_progress, worker_pool
 
@@ -28,7 +29,7 @@ class Evaluation:
     """Perplexity of a checkpoint on a text."""
 
     perplexity: float
-    """``exp`` of the mean over windows of the mean cross-entropy of a window's targets."""
+    """``exp`` of the mean over windows of the mean cross-entropy of a window's targets; may be infinite."""
     windows: int
     tokens: int
     """Targets, over all windows."""
@@ -65,28 +66,33 @@ def evaluate(
     begin = time.monotonic()
     if windows is not None and windows < 1:
         raise InputError(f"--windows {windows}: expected at least 1")
+    if threads < 1 or (isinstance(workers, int) and workers < 1):
+        raise InputError(f"--workers {workers}, --threads {threads}: expected at least 1")
     if seqlen is not None and seqlen < 2:
         raise InputError(f"--seqlen {seqlen}: expected at least 2 tokens, since the first is no target")
     model = open_model(checkpoint, device, dtype, trust_remote_code)
     length = seqlen or default_seqlen(model.config)
     check_context(length, model.config)
     tokenizer = load_tokenizer(model.checkpoint.folder, trust_remote_code)
-    content = read_text(str(text), field, (windows or 64) * length * CHARACTERS_PER_TOKEN)
+    content = read_text(str(text), field, windows * length * CHARACTERS_PER_TOKEN if windows else None)
     cut = evaluation_windows(tokenizer, content, length, windows, bos, str(text))
     samples = [Sample(index, tokens) for index, tokens in enumerate(cut.tokens)]
     count = resolve_workers(workers, model.device, threads, len(samples))
+    check_gpus(count, model.device, address)
     blocks = model.layout.blocks
+    check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
     report = progress or no_progress
     with worker_pool(model, Workers(count, threads, address), 0, report) as (pool, memory):
-        shares = [samples[start:stop] for start, stop in aligned_ranges(len(samples), count)]
+        shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
         pool.call_each("start", [(model.layout.stem, share) for share in shares])
         for block in blocks:
             pool.call("forward_block", block.index, block.tensors)
             report("eval", block.index + 1, len(blocks), "")
         losses: list[WindowLoss] = [loss for own in pool.call("losses") for loss in own]
         vram = max(pool.call("peak_vram_bytes"))
+    mean = math.fsum(loss.nats for loss in losses) / len(losses)
     return Evaluation(
-        math.exp(math.fsum(loss.nats for loss in losses) / len(losses)),
+        math.exp(mean) if mean < 700 else math.inf,
         len(losses),
         sum(loss.targets for loss in losses),
         length,

@@ -13,6 +13,7 @@ from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import FLOAT_DTYPES, TensorEntry, read_rows
 from billhook.orchestrator.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint, resolve_model
 from billhook.orchestrator.checkpoint import open_file as open_single_file
+from billhook.orchestrator.paths import user_path
 
 CHUNK_BYTES = 64 << 20
 """Bytes of a tensor that are held at once."""
@@ -50,7 +51,7 @@ def inspect(checkpoint: str | Path) -> Inspection:
     Raises:
         InputError: when it is no safetensors checkpoint.
     """
-    path = Path(checkpoint).expanduser()
+    path = user_path(checkpoint)
     if path.is_file():
         entries = list(open_single_file(path).entries)
     else:

@@ -22,7 +22,6 @@ class Linear:
     """Outputs, inputs."""
     group: int
     """Number of the input tensor, within the block, that it shares with others."""
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,16 @@ def _stem(
     missing = [name for name in needed if name not in by_module]
     if missing:
         raise InputError(f"{checkpoint.folder}: no tensor for the parameter {missing[0]}; is a shard missing?")
-    embedding = by_module.get(skeleton.embedding_name())
-    # A tied model may store the matrix under the head's name only: renaming leaves that name as it is on disk.
-    head = by_module.get(skeleton.head_name()) or next(
-        (checkpoint.tensors[disk] for disk in names if disk in {"lm_head.weight", "embed_out.weight"}), None
-    )
-    embedding, head = embedding or head, head or embedding
-    if embedding is None or head is None:
-        raise InputError(f"{checkpoint.folder}: no tensor for the parameter {skeleton.embedding_name()}")
+    embedding, head = by_module.get(skeleton.embedding_name()), by_module.get(skeleton.head_name())
+    if embedding is None and skeleton.head_name() == skeleton.embedding_name():
+        # Tied, and stored under the head's name only, which is no parameter of the module.
+        tied = [checkpoint.tensors[disk] for disk, name in names.items() if name == skeleton.tied_head_name()]
+        embedding = head = tied[0] if tied else None
+    for entry, name in ((embedding, skeleton.embedding_name()), (head, skeleton.head_name())):
+        if entry is None:
+            raise InputError(f"{checkpoint.folder}: no tensor for the parameter {name}; is a shard missing?")
+    assert embedding is not None
+    assert head is not None
     return StemTask(tuple(ModuleTensor(name, by_module[name]) for name in needed), embedding, head)
 
 
@@ -115,6 +116,10 @@ def _block(
     for group, members in enumerate(skeleton.facts(index).input_groups):
         for name in members:
             entry = by_module[f"{prefix}{name}.weight"]
-            if entry.dtype in FLOAT_DTYPES:
-                linears.append(Linear(entry.name, name, (entry.shape[0], entry.shape[1]), group, entry.dtype))
+            if entry.dtype not in FLOAT_DTYPES:
+                raise InputError(
+                    f"{entry.path}: tensor {entry.name} has dtype {entry.dtype}; only "
+                    f"{', '.join(sorted(FLOAT_DTYPES))} can be computed with: save the model in bfloat16 first"
+                )
+            linears.append(Linear(entry.name, name, (entry.shape[0], entry.shape[1]), group))
     return Block(index, tensors, others, tuple(linears))

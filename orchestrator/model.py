@@ -60,6 +60,18 @@ def resolve_workers(workers: int | str, device: str, threads: int, useful: int) 
     return max(1, min(available, useful))
 
 
+def check_gpus(workers: int, device: str, address: str | None) -> None:
+    """Check that this machine has a GPU for each worker, where the workers run on it.
+
+    Raises:
+        InputError: when it has not.
+    """
+    if device == "cuda" and address is None and workers > torch.cuda.device_count():
+        raise InputError(
+            f"--workers {workers}: this machine has {torch.cuda.device_count()} GPU(s), and each worker needs one"
+        )
+
+
 def _resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -28,18 +29,23 @@ CARD = "README.md"
 
 def is_ours(output: Path) -> bool:
     """Whether the folder holds a run of ours: finished, interrupted, or killed before its first line."""
-    return (output / FOLDER / LOCK).is_file()
+    try:
+        return (output / FOLDER / LOCK).is_file()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
 
 
-def check_free(output: Path, source: Path) -> None:
+def check_free(output: Path, checkpoint: Checkpoint) -> None:
     """Check that the output may be written to.
 
     Raises:
         InputError: when it is the source or inside it, a file, or a folder with somebody else's files.
     """
-    resolved = output.resolve()
-    if resolved == source.resolve() or source.resolve() in resolved.parents:
+    source = checkpoint.folder.resolve()
+    if output.resolve() == source or source in output.resolve().parents:
         raise InputError(f"-o {output}: is the source model's folder or inside it; choose another folder")
+    if FOLDER in checkpoint.others:
+        raise InputError(f"{source / FOLDER}: the output needs this name for a folder of its own; move the file away")
     if output.exists() and not output.is_dir():
         raise InputError(f"-o {output}: is a file; choose a folder")
     if output.is_dir() and any(output.iterdir()) and not is_ours(output):
@@ -84,15 +90,19 @@ def create_shards(output: Path, checkpoint: Checkpoint) -> None:
                 file.truncate(shard.size_bytes)
                 file.flush()
                 os.fsync(file.fileno())
+        sync_file(str(output))
     except OSError as error:
         raise RunError(f"{output}: creating the shards failed: {error.strerror}") from error
 
 
-def remove_output(output: Path, keep_folder: bool) -> None:
-    """Remove what a run without a committed block left; the folder itself stays where it was there before."""
-    shutil.rmtree(output, ignore_errors=True)
-    if keep_folder:
-        output.mkdir(exist_ok=True)
+def remove_output(output: Path, checkpoint: Checkpoint, keep_folder: bool) -> None:
+    """Remove what a run without a committed block left, and nothing else; a folder that was there stays."""
+    for shard in checkpoint.shards:
+        (output / f"{shard.name}.part").unlink(missing_ok=True)
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    if not keep_folder:
+        with contextlib.suppress(OSError):  # not empty: somebody else put a file there meanwhile
+            output.rmdir()
 
 
 def copy_tensors(entries: Sequence[TensorEntry], output: Path) -> None:
@@ -127,6 +137,8 @@ def seal(output: Path, checkpoint: Checkpoint, card: str) -> None:
             if name != CARD:
                 shutil.copyfile(checkpoint.folder / name, output / name)
         (output / CARD).write_text(card, encoding="utf-8")
+        for path in [*output.iterdir(), output]:
+            sync_file(str(path))
     except OSError as error:
         raise RunError(
             f"{output}: finishing failed: {error.strerror}; run the same command again once mended"

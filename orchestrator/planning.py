@@ -14,13 +14,14 @@ import torch
 
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.machine import machine_facts
 from billhook.layerworkers.methods import METHODS, Method
 from billhook.layerworkers.patterns import NM, Pattern, parse_pattern
 from billhook.layerworkers.shards import DTYPES
 from billhook.layerworkers.tasks import BlockTask, LinearTask
 from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.layout import Block, Layout, Linear
-from billhook.orchestrator.model import Model, open_model, resolve_workers
+from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, method_options, read_options
 from billhook.orchestrator.workers import Workers
 
@@ -63,7 +64,6 @@ class Plan:
     """Linears in blocks that include and exclude leave dense."""
     unknown: tuple[str, ...]
     """Tensors on disk inside a block that are no parameter of it: copied."""
-    estimate: Estimate
 
     @property
     def method(self) -> Method:
@@ -101,11 +101,14 @@ class Plan:
         recipe = self.recipe.model_dump(mode="json")
         recipe["options"] = self.options
         recipe["calibration"] = calibration_sha256
+        if self.method.statistic is None:
+            for key in ("field", "samples", "seqlen", "seed", "bos", "partition_samples"):
+                del recipe[key]
         return {
             "recipe": recipe,
             "checkpoint": self.model.checkpoint.sha256(),
             "versions": versions(),
-            "machine": machine(self.model.device),
+            "machine": machine_facts(self.model.device),
         }
 
 
@@ -134,6 +137,7 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources) -> Plan:
     _check_widths(chosen, pattern)
     useful = -(-recipe.samples // recipe.partition_samples) if METHODS[recipe.method].statistic is not None else 1
     count = resolve_workers(resources.workers, opened.device, recipe.threads, useful)
+    check_gpus(count, opened.device, resources.address)
     return Plan(
         opened,
         recipe,
@@ -143,8 +147,19 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources) -> Plan:
         chosen,
         skipped,
         tuple(entry.name for block in opened.layout.blocks for entry in block.others),
-        _estimate(opened, chosen, recipe, options, count),
     )
+
+
+def object_store_bytes(plan: Plan) -> int:
+    """Return what Ray's object store must hold: an exchange's statistics from all workers, and the solved rows."""
+    if plan.workers.count == 1:
+        return 0
+    linears = [linear for block in plan.linears for linear in block]
+    statistic = plan.method.statistic
+    widest = max(linear.shape[1] for linear in linears)
+    largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
+    reduced = statistic.size_bytes(widest) if statistic is not None else 0
+    return plan.workers.count * 4 * reduced + 2 * 4 * largest + (128 << 20)
 
 
 def versions() -> dict[str, str]:
@@ -153,14 +168,6 @@ def versions() -> dict[str, str]:
 
     names = ("billhook", "torch", "transformers", "safetensors", "numpy", "scipy", "numba", "tokenizers")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def machine(device: str) -> dict[str, str]:
-    """Return what of the machine decides bits: instruction set, and the GPU's model."""
-    facts = {"architecture": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(0)
-    return facts
 
 
 def check_context(seqlen: int, config: Any) -> None:
@@ -218,19 +225,15 @@ def _check_widths(chosen: tuple[tuple[Linear, ...], ...], pattern: Pattern) -> N
                 )
 
 
-def _estimate(
-    model: Model,
-    chosen: tuple[tuple[Linear, ...], ...],
-    recipe: Recipe,
-    options: dict[str, Any],
-    workers: int,
-) -> Estimate:
-    checkpoint, layout, method = model.checkpoint, model.layout, METHODS[recipe.method]
-    own = method.options(**options)
+def estimate(plan: Plan) -> Estimate:
+    """Predict what a run takes from the shapes of its tensors, and its time from a short measurement here."""
+    checkpoint, layout, method = plan.model.checkpoint, plan.model.layout, plan.method
+    recipe, workers = plan.recipe, plan.workers.count
+    own = method.options(**plan.options)
     samples = recipe.samples if method.statistic is not None else 0
     tokens = samples * (recipe.seqlen or 0)
     flops, ram, vram = 0.0, 0, 0
-    for block, linears in zip(layout.blocks, chosen, strict=True):
+    for block, linears in zip(layout.blocks, plan.linears, strict=True):
         flops += sum(2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in block.linears)
         for linear in linears:
             flops += method.flops(*linear.shape, own)
@@ -243,7 +246,7 @@ def _estimate(
         vram, ram = ram // workers, sum(tensor.entry.size_bytes for tensor in layout.blocks[0].tensors) * workers
     embedding = layout.stem.embedding
     rows_read = min(tokens, embedding.shape[0]) * (embedding.size_bytes // embedding.shape[0])
-    ram += (PROCESS_BYTES * (workers + 1)) + RAY_BYTES + rows_read
+    ram += (PROCESS_BYTES * (workers + 1)) + RAY_BYTES + rows_read + object_store_bytes(plan)
     written = checkpoint.size_bytes + sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
     read = checkpoint.size_bytes + (workers - 1) * sum(
         tensor.entry.size_bytes for block in layout.blocks for tensor in block.tensors

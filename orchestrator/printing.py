@@ -8,7 +8,7 @@ from typing import Any
 from billhook.layerworkers.methods import METHODS
 from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.layout import Linear
-from billhook.orchestrator.planning import Plan
+from billhook.orchestrator.planning import Plan, estimate
 
 
 def gibibytes(size_bytes: float) -> str:
@@ -18,7 +18,6 @@ def gibibytes(size_bytes: float) -> str:
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan's document."""
-    estimate = plan.estimate
     return {
         "model": str(plan.model.checkpoint.folder),
         "method": plan.recipe.method,
@@ -38,13 +37,13 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         ],
         "skipped": [linear.disk_name for linear in plan.skipped],
         "unknown": list(plan.unknown),
-        **dataclasses.asdict(estimate),
+        **dataclasses.asdict(estimate(plan)),
     }
 
 
 def plan_as_text(plan: Plan) -> str:
     """Return the plan as a page for a person."""
-    estimate, recipe = plan.estimate, plan.recipe
+    taken, recipe = estimate(plan), plan.recipe
     chosen = [linear for linears in plan.linears for linear in linears]
     weights = sum(linear.shape[0] * linear.shape[1] for linear in chosen)
     options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
@@ -70,11 +69,11 @@ def plan_as_text(plan: Plan) -> str:
     lines += [
         f"runs       {plan.workers.count} {recipe.device} worker(s) of {recipe.threads} thread(s), "
         f"{recipe.dtype}, on {where}",
-        f"reads      {gibibytes(estimate.bytes_read)}, writes {gibibytes(estimate.bytes_written)}",
-        f"computes   {estimate.flops:.3g} FLOP, about {_duration(estimate.seconds)}",
-        f"peaks      RAM {gibibytes(estimate.peak_bytes['ram'])}, "
-        f"GPU {gibibytes(estimate.peak_bytes['vram'])}, disk {gibibytes(estimate.peak_bytes['disk'])}"
-        + ("" if estimate.fits else "  -- DOES NOT FIT this machine"),
+        f"reads      {gibibytes(taken.bytes_read)}, writes {gibibytes(taken.bytes_written)}",
+        f"computes   {taken.flops:.3g} FLOP, about {_duration(taken.seconds)}",
+        f"peaks      RAM {gibibytes(taken.peak_bytes['ram'])}, "
+        f"GPU {gibibytes(taken.peak_bytes['vram'])}, disk {gibibytes(taken.peak_bytes['disk'])}"
+        + ("" if taken.fits else "  -- DOES NOT FIT this machine"),
     ]
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     field: str = Field("text", description="Field that holds the text, in JSONL files and datasets.")
     samples: int = Field(128, ge=1, description="Calibration samples.")
     seqlen: int | None = Field(None, ge=2, description="Tokens per sample; default min(2048, the model's context).")
-    seed: int = Field(0, ge=0, description="Seed of the calibration draw.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the calibration draw.")
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="Start every sample with BOS: auto does so when the tokenizer does."
     )
@@ -157,7 +157,7 @@ def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
         kind: Any = type(fields[key].default)
         try:
             number = kind(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}") from error
         if (kind is int and float(value) != number) or isinstance(value, bool) or not math.isfinite(number):
             raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}")

@@ -17,6 +17,7 @@ from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, resolv
 from billhook.orchestrator.inspection import most_kept, pieces
 from billhook.orchestrator.journal import FOLDER, read_journal
 from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, is_ours, read_manifest, sha256_of
+from billhook.orchestrator.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Verification:
 
 
 def verify(output: str | Path, *, against: str | Path | None = None) -> Verification:
-    """Check a finished checkpoint; ``against`` is its source, by default the one that it was made from, if still there.
+    """Check a finished checkpoint; ``against`` is its source, by default the one that it was made from, if
+    it is still there and the same.
 
     Checked are: the journal and the manifest, the hash of every file; of each pruned tensor the count of zeros, the
     N:M pattern, no NaN, no infinity, no negative zero; against the source the files, names, dtypes, shapes, shard
@@ -49,7 +51,7 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     Raises:
         InputError: when ``output`` holds no finished run, or ``against`` is no checkpoint.
     """
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     if not folder.is_dir() or not is_ours(folder):
         raise InputError(f"{output}: no billhook run in this folder; 'billhook inspect' reads any checkpoint")
     lines = read_journal(folder)
@@ -61,18 +63,16 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     if hashlib.sha256(manifest_path.read_bytes()).hexdigest() != lines[-1]["manifest"]:
         problems.append(Problem(f"{FOLDER}/{MANIFEST}", "differs from what the journal committed"))
     problems += _check_files(folder, manifest)
-    checked, source = 0, None
+    checked = 0
+    source = _source(against, lines[0])
     try:
         checkpoint = open_checkpoint(folder)
+        checked = len(checkpoint.tensors)
         for linear in manifest["linears"]:
             problems += _check_linear(checkpoint, linear, manifest["pattern"])
-        checked = len(checkpoint.tensors)
-        source = _source(against, lines[0])
         if source is not None:
             problems += _check_against(checkpoint, source, {linear["name"] for linear in manifest["linears"]})
     except (InputError, RunError) as error:
-        if source is None and against is not None and str(against) in str(error):
-            raise
         problems.append(Problem(str(folder), str(error)))
     except (KeyError, TypeError, ValueError) as error:
         problems.append(Problem(f"{FOLDER}/{MANIFEST}", f"is malformed: {error!r}"))
@@ -82,10 +82,10 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
 def _source(against: str | Path | None, plan_line: dict[str, Any]) -> Checkpoint | None:
     if against is not None:
         return open_checkpoint(resolve_model(against))
-    recorded = Path(plan_line["source"])
-    if not recorded.is_dir():
+    try:
+        source = open_checkpoint(Path(plan_line["source"]))
+    except InputError:
         return None
-    source = open_checkpoint(recorded)
     return source if source.sha256() == plan_line["fingerprint"]["checkpoint"] else None
 
 
@@ -118,7 +118,7 @@ def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any], pattern_text: 
             kept = max(kept, most_kept(piece, pattern.group))
     if bad:
         yield Problem(name, f"holds {bad} NaN or infinite values")
-    if negative_zeros:
+    if negative_zeros and linear["removed"]:
         yield Problem(name, f"holds {negative_zeros} negative zeros")
     if zeros != linear["zeros"]:
         yield Problem(name, f"holds {zeros} zeros, the manifest says {linear['zeros']}")

@@ -69,7 +69,8 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
             error_RB = sweep_masked(block_RB, corner_BB, prune_RB)
             removed += int(prune_RB.sum())
         weight_RC[:, start:stop] = block_RB
-        squared_error_R1 += error_RB.square().sum(dim=1, keepdim=True)
+        for first, last in row_partitions(len(error_RB), problem.partition_rows):
+            squared_error_R1[first:last] += error_RB[first:last].square().sum(dim=1, keepdim=True)
         if stop < columns:
             weight_RC[:, stop:] -= matmul_by_rows(error_RB, factor_CC[start:stop, stop:], problem.partition_rows)
     return Solution(weight_RC, removed, partition_sums(squared_error_R1 / 2, problem.partition_rows), energy)

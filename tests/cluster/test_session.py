@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import fcntl
 import os
 import signal
 import subprocess
@@ -59,26 +59,36 @@ def test_a_caller_without_the_token_is_refused(ray_cluster: None) -> None:
 
     address = ray.get_runtime_context().gcs_address
     attempt = """
-        import os, sys
+        import os
         import ray
-        ray.init(address=sys.argv[1] if len(sys.argv) > 1 else os.environ["GCS"], log_to_driver=False)
+        ray.init(address=os.environ["GCS"], log_to_driver=False)
     """
-    with_token = run_python(attempt, GCS=address)
+    token = next(
+        variable.partition(b"=")[2].decode()
+        for pid in session.marked_processes()
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if variable.startswith(b"RAY_AUTH_TOKEN=")
+    )
+    environment = {"GCS": address, "RAY_AUTH_MODE": "token", "RAY_NUM_REDIS_GET_RETRIES": "2"}
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else 127.0.0.1 becomes the outer address
+    with_token = run_python(attempt, **environment, RAY_AUTH_TOKEN=token)
     assert with_token.returncode == 0, with_token.stderr
-    wrong = run_python(attempt, GCS=address, RAY_AUTH_TOKEN="0" * 64, RAY_NUM_REDIS_GET_RETRIES="2")
+    wrong = run_python(attempt, **environment, RAY_AUTH_TOKEN="0" * 64)
     assert wrong.returncode != 0
     assert "token" in wrong.stderr.lower()
 
 
-def test_a_session_ends_with_its_command_and_takes_its_folder_along(tmp_path: Path) -> None:
-    code = """
-        import os
-        from billhook.cluster.session import SESSION_VARIABLE, marked_processes, ray_session
-        with ray_session(None, 1, 0, 0):
-            print(os.environ[SESSION_VARIABLE], *marked_processes())
-        assert not os.environ.get(SESSION_VARIABLE) and not os.environ.get("RAY_AUTH_TOKEN")
-    """
-    run = run_python(code, **unmarked())
+STARTED = """
+    import os, signal, subprocess, sys
+    from billhook.cluster import session
+    with session.ray_session(None, 1, 0, 0):
+        print(session._own_folder, *session.marked_processes(), flush=True)
+        assert session.SESSION_VARIABLE not in os.environ and "RAY_AUTH_TOKEN" not in os.environ
+"""
+
+
+def test_a_session_ends_with_its_command_and_takes_its_folder_along() -> None:
+    run = run_python(STARTED)
     assert run.returncode == 0, run.stderr
     folder, *pids = run.stdout.split()
     assert pids
@@ -86,22 +96,39 @@ def test_a_session_ends_with_its_command_and_takes_its_folder_along(tmp_path: Pa
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_what_the_caller_starts_meanwhile_is_not_ended() -> None:
+    child = "        child = subprocess.Popen(['sleep', '60'])\n    print(child.poll()); child.kill()\n"
+    run = run_python(STARTED + child)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "None"
+
+
+def test_a_ray_address_in_the_environment_is_not_taken_for_an_order() -> None:
+    run = run_python(STARTED, RAY_ADDRESS="127.0.0.1:1")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_reach_python_while_a_session_is_open(name: str) -> None:
+    code = f"        os.kill(os.getpid(), signal.{name})\n        import time; time.sleep(5)\n"
+    handler = (
+        "    def stop(*_): print('handled', flush=True); raise SystemExit(7)\n"
+        f"    import signal; signal.signal(signal.{name}, stop)\n"
+    )
+    run = run_python(handler + STARTED + code)
+    assert run.returncode == 7, run.stderr
+    assert run.stdout.splitlines()[-1] == "handled"
+
+
 def test_the_next_command_removes_what_a_killed_one_left() -> None:
-    code = """
-        import os, signal
-        from billhook.cluster.session import SESSION_VARIABLE, marked_processes, ray_session
-        with ray_session(None, 1, 0, 0):
-            print(os.environ[SESSION_VARIABLE], *marked_processes(), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    run = run_python(code, **unmarked())
+    run = run_python(STARTED + "        os.kill(os.getpid(), signal.SIGKILL)\n")
     assert run.returncode == -signal.SIGKILL
     folder, *pids = run.stdout.split()
     assert Path(folder).is_dir()
     session.remove_leftovers()
     assert not Path(folder).exists()
     for _ in range(50):
-        left = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)]
+        left = [pid for pid in pids if state(pid) != "Z"]
         if not left:
             break
         time.sleep(0.1)
@@ -110,18 +137,14 @@ def test_the_next_command_removes_what_a_killed_one_left() -> None:
 
 def test_a_living_commands_session_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_root", lambda: tmp_path)
-    alive, dead = tmp_path / "billhook-ray-alive", tmp_path / "billhook-ray-dead"
-    for folder, started in ((alive, session._start_time(os.getpid())), (dead, "1")):
-        folder.mkdir()
-        (folder / "owner.json").write_text(json.dumps({"pid": os.getpid(), "started": started}))
+    for name in ("alive", "dead"):
+        (tmp_path / f"billhook-ray-{name}").mkdir()
+        (tmp_path / f"billhook-ray-{name}" / session.LOCK).touch()
     (tmp_path / "billhook-ray-starting").mkdir()
-    session.remove_leftovers()
+    with (tmp_path / "billhook-ray-alive" / session.LOCK).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        session.remove_leftovers()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["billhook-ray-alive", "billhook-ray-starting"]
-
-
-def unmarked() -> dict[str, str]:
-    """An environment without the mark of the session that this test run may be in."""
-    return {session.SESSION_VARIABLE: "", "RAY_AUTH_TOKEN": "", "RAY_ADDRESS": ""}
 
 
 def state(pid: str) -> str:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,14 +46,21 @@ def test_ties_in_a_group_go_by_index() -> None:
     assert torch.equal(w, torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2))
 
 
-def test_an_infinite_diagonal_is_a_channel_that_weighs_nothing() -> None:
-    w, u = torch.ones(3, 4), torch.eye(4)
+@pytest.mark.parametrize("sweep", [sweep_masked, sweep_masked_reference])
+def test_an_infinite_diagonal_is_a_channel_that_weighs_nothing(sweep: Any) -> None:
+    w, u = torch.ones(2, 4), torch.eye(4)
     u[2, 2] = torch.inf
-    before = w.clone()
-    error = sweep_masked(w, u, torch.tensor([[False, False, True, False]] * 3))
-    assert torch.equal(error, torch.zeros(3, 4))
-    before[:, 2] = 0
-    assert torch.equal(w, before)
+    error = sweep(w, u, torch.tensor([[False, False, True, False], [True, False, False, False]]))
+    assert torch.equal(error, torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]]))
+    assert torch.equal(w, torch.tensor([[1.0, 1, 0, 1], [0, 1, 1, 1]]))
+
+
+@pytest.mark.parametrize("sweep", [sweep_groups, sweep_groups_reference])
+def test_channels_that_weigh_nothing_go_first_in_their_group(sweep: Any) -> None:
+    w, u = torch.ones(1, 4), torch.eye(4)
+    u[1, 1] = u[2, 2] = torch.inf
+    sweep(w, u, 3, 4)
+    assert torch.equal(w, torch.tensor([[1.0, 0, 1, 1]]))
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

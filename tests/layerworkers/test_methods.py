@@ -222,6 +222,23 @@ def test_too_few_tokens_climb_the_ladder_and_each_step_is_recorded() -> None:
     assert problem.dampings == sorted(problem.dampings)
 
 
+def test_a_raised_ridge_still_pulls_to_the_dense_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from billhook.kernels import factor
+    from billhook.layerworkers import problem as problems
+
+    real, attempts = factor._try_cholesky_lower_, []
+
+    def fails_once(a: torch.Tensor) -> bool:
+        attempts.append(1)
+        return len(attempts) > 1 and real(a)
+
+    monkeypatch.setattr(factor, "_try_cholesky_lower_", fails_once)
+    w = weights()
+    solution, problem = solve_with_problem("admm", w, activations(), Unstructured(Fraction(0)))
+    assert problem.dampings == [0.1, 0.1 * problems.LADDER[1]]
+    assert torch.allclose(solution.weight_RC, w, rtol=1e-3, atol=1e-3)
+
+
 def test_a_gram_that_no_damping_mends_is_an_error() -> None:
     method = METHODS["sparsegpt"]
     gram = torch.zeros(4, 4)

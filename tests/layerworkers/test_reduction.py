@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from billhook.layerworkers.reduction import Node, aligned_ranges, fold, total
+from billhook.layerworkers.reduction import Node, even_ranges, fold, total
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 3, 5, 8, 13, 32])
@@ -11,7 +11,7 @@ def test_the_total_has_the_same_bits_for_every_layout_over_workers(partitions: i
     totals = []
     for workers in (1, 2, 3, 4, 7):
         nodes = []
-        for start, stop in aligned_ranges(partitions, workers):
+        for start, stop in even_ranges(partitions, workers):
             nodes += fold([Node(0, number, parts[number].clone()) for number in range(start, stop)])
         totals.append(total(nodes, partitions))
     assert all(torch.equal(each, totals[0]) for each in totals)
@@ -25,6 +25,6 @@ def test_a_worker_keeps_few_partial_sums() -> None:
 
 @pytest.mark.parametrize(("partitions", "workers"), [(8, 3), (1, 4), (0, 2), (5, 5)])
 def test_ranges_cover_all_partitions_in_order(partitions: int, workers: int) -> None:
-    ranges = aligned_ranges(partitions, workers)
+    ranges = even_ranges(partitions, workers)
     assert len(ranges) == workers
     assert [number for start, stop in ranges for number in range(start, stop)] == list(range(partitions))

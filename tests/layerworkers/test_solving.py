@@ -10,7 +10,7 @@ import torch
 
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
-from billhook.layerworkers.reduction import aligned_ranges
+from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.solving import Solved, solve_group
 from billhook.layerworkers.tasks import BlockTask, LinearTask
 
@@ -37,7 +37,7 @@ def solved_by(workers: int, run_group: Any, method: str, pattern: Pattern, dtype
     numbered = list(enumerate(inputs))
 
     def work(group: Any) -> list[Solved]:
-        start, stop = aligned_ranges(partitions, group.size)[group.rank]
+        start, stop = even_ranges(partitions, group.size)[group.rank]
         return solve_group(tasks, weights, numbered[start * 4 : stop * 4], task, group, torch.device("cpu"))
 
     results: list[list[Solved]] = run_group(workers, work)

@@ -31,6 +31,7 @@ def streamed_logits(folder: Path, windows: list[list[int]]) -> list[torch.Tensor
         ("gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0, "tie_word_embeddings": True}),
         ("cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
         ("opt", {"ffn_dim": 144, "word_embed_proj_dim": 32}),
+        ("llama", {"pad_token_id": 500}),
         ("bloom", {}),
         ("gpt_neox", {}),
         ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
