@@ -69,6 +69,20 @@ def test_zeros_are_positive_and_counted_as_written(run_group: Any) -> None:
         assert each.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, method: str) -> None:
+    weights, inputs = problem(torch.float32)
+    dense = {name: weight.double() / 3 for name, weight in weights.items()}
+    table = METHODS[method]
+    tasks = [LinearTask(name, name, NM(2, 4), method, table.options()) for name in dense]
+    task = BlockTask(0, (), (), tuple(tasks), "", 4, 6 if table.statistic else 0, 16)
+    numbered = list(enumerate(inputs))
+    (solved,) = run_group(1, lambda group: solve_group(tasks, dense, numbered, task, group, torch.device("cpu")))
+    for each in solved:
+        kept = each.weight != 0
+        assert torch.equal(each.weight[kept], dense[each.report.name][kept])
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_nothing_asked_is_nothing_changed(run_group: Any, method: str) -> None:
     weights, _ = problem(torch.bfloat16)

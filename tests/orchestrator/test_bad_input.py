@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from billhook.orchestrator import InputError, prune
+from billhook.orchestrator import InputError, evaluate, prune
 
 
 @pytest.fixture
@@ -139,6 +139,44 @@ def no_tokenizer(model: Path) -> None:
         path.unlink()
 
 
+def drop_tensor(model: Path, name: str) -> None:
+    for path in shards(model):
+        tensors = load_file(path)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, path, metadata={"format": "pt"})
+    edit_json(model / "model.safetensors.index.json", lambda c: c["weight_map"].pop(name))
+
+
+def no_head(model: Path) -> None:
+    drop_tensor(model, "lm_head.weight")
+
+
+def no_embedding(model: Path) -> None:
+    drop_tensor(model, "model.embed_tokens.weight")
+
+
+def integer_linear(model: Path) -> None:
+    path = shards(model)[1]
+    tensors = load_file(path)
+    name = next(name for name in tensors if "proj" in name)
+    tensors[name] = tensors[name].to(torch.int64)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def file_in_the_way(model: Path) -> None:
+    (model / "billhook").write_text("x")
+
+
+def another_tokenizer(model: Path) -> None:
+    for path in shards(model):
+        tensors = load_file(path)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in tensors:
+                tensors[name] = tensors[name][:300].clone()
+        save_file(tensors, path, metadata={"format": "pt"})
+    edit_json(model / "config.json", lambda c: c.update(vocab_size=300, bos_token_id=0, eos_token_id=0))
+
+
 MODELS: list[tuple[Callable[[Path], None], str]] = [
     (no_such_folder, r"no such folder"),
     (empty_folder, r"the folder is empty"),
@@ -159,6 +197,11 @@ MODELS: list[tuple[Callable[[Path], None], str]] = [
     (quantised, r"quantization_config names the method 'gptq'.*dequantize"),
     (shard_outside, r"lies in '\.\./outside\.safetensors'"),
     (absolute_shard, r"lies in '/etc/passwd\.safetensors'"),
+    (no_head, r"no tensor for the parameter lm_head\.weight"),
+    (no_embedding, r"no tensor for the parameter model\.embed_tokens\.weight"),
+    (integer_linear, r"proj\.weight has dtype I64; only"),
+    (file_in_the_way, r"billhook: the output needs this name"),
+    (another_tokenizer, r"makes token \d+, the model's embedding has 300 rows"),
     (no_tokenizer, r"no tokenizer could be loaded.*--calibration random"),
 ]
 
@@ -192,6 +235,8 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"calibration": "no/such/file.txt"}, r"no/such/file\.txt: no such file"),
     ({"workers": 0}, r"option workers.*at least 1"),
     ({"device": "cuda"}, r"--device cuda: torch finds no CUDA device"),
+    ({"seed": 2**63}, r"option seed"),
+    ({"options": {"block": float("inf")}}, r"--set block=inf: expected a number"),
     ({"colour": "red"}, r"option 'colour' is unknown"),
     ({"recipe": "no-such-recipe.yaml"}, r"--recipe no-such-recipe\.yaml: cannot be read"),
 ]
@@ -256,3 +301,41 @@ def test_a_model_without_linears_is_refused(make_model: Any, tmp_path: Path) -> 
     folder = make_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128)
     with pytest.raises(InputError, match="no linear layers"):
         prune(folder, tmp_path / "out", method="magnitude")
+
+
+def test_a_link_as_output_is_emptied_again(model: Path, tmp_path: Path, ray_cluster: None) -> None:
+    for path in shards(model):
+        tensors = load_file(path)
+        for name in tensors:
+            if "layers.0." in name:
+                tensors[name].fill_(float("nan"))
+        save_file(tensors, path, metadata={"format": "pt"})
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    with pytest.raises(InputError, match="holds NaN"):
+        prune(model, link, method="magnitude", workers=1)
+    assert list(real.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["~nosuchuser/x", "loop"])
+def test_paths_that_are_none_are_refused(
+    llama: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="is no path"):
+        prune(llama, output, method="magnitude")
+
+
+def test_a_changed_config_is_another_plan(model: Path, tmp_path: Path, ray_cluster: None) -> None:
+    prune(model, tmp_path / "out", method="magnitude", workers=1)
+    edit_json(model / "config.json", lambda c: c.update(rms_norm_eps=0.5))
+    with pytest.raises(InputError, match="differs in checkpoint"):
+        prune(model, tmp_path / "out", method="magnitude", workers=1)
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}, {"windows": 0}, {"seqlen": 1}])
+def test_bad_evaluations(llama: Path, text_file: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected at least"):
+        evaluate(llama, text_file, **{"seqlen": 32, "windows": 1, **options})

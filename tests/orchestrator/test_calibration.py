@@ -79,6 +79,12 @@ def test_jsonl_documents_are_joined(tmp_path: Path) -> None:
     assert read_text(str(path), "body", 10) == "one\n\ntwo"
     with pytest.raises(InputError, match=r"line 1: has no field 'text'; name it with --field"):
         read_text(str(path), "text", 10)
+    path.write_text('{"text": "one\u2028still one"}\n{"text": "two"}', encoding="utf-8")
+    assert read_text(str(path), "text", 10) == "one\u2028still one\n\ntwo"
+    for bad in ('{"text": null}', '{"text": "\\ud800"}'):
+        path.write_text(bad)
+        with pytest.raises(InputError, match="line 1: field 'text' holds"):
+            read_text(str(path), "text", 10)
     path.write_text("{\n")
     with pytest.raises(InputError, match="line 1: is not a JSON object"):
         read_text(str(path), "text", 10)
