@@ -12,7 +12,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from billhook.cluster.exchange import Mailbox, RayCollective
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.machine import machine_facts
-from billhook.layerworkers.tasks import WorkerSetup
+from billhook.layerworkers.tasks import (
+    BlockReport,
+    BlockTask,
+    ModuleTensor,
+    Sample,
+    StemTask,
+    WindowLoss,
+    WorkerSetup,
+)
 from billhook.layerworkers.worker import BlockWorker
 
 
@@ -37,7 +45,7 @@ class WorkerActor:
 
 
 class WorkerPool:
-    """Workers that all run the same call; a context manager that ends them.
+    """Workers that make the same calls together; a context manager that ends them.
 
     Raises (all calls):
         InputError: as raised in a worker.
@@ -81,13 +89,30 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call ``method`` with the same arguments on every worker; return the results in rank order."""
-        return _outcome([actor.call.remote(method, *arguments) for actor in self._actors])
+    def start(self, stem: StemTask, samples: Sequence[Sequence[Sample]]) -> None:
+        """Give each worker its samples; see :meth:`BlockWorker.start`."""
+        _outcome([actor.call.remote("start", stem, own) for actor, own in zip(self._actors, samples, strict=True)])
 
-    def call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call ``method`` on every worker with arguments of its own; return the results in rank order."""
-        return _outcome([actor.call.remote(method, *own) for actor, own in zip(self._actors, arguments, strict=True)])
+    def prune_block(self, task: BlockTask) -> BlockReport:
+        """Prune one block on all workers together; see :meth:`BlockWorker.prune_block`."""
+        report: BlockReport = self._call("prune_block", task)[0]
+        return report
+
+    def forward_block(self, index: int, tensors: Sequence[ModuleTensor]) -> None:
+        """Carry all samples through one block; see :meth:`BlockWorker.forward_block`."""
+        self._call("forward_block", index, tensors)
+
+    def losses(self) -> list[WindowLoss]:
+        """Return the losses of all samples, in order; see :meth:`BlockWorker.losses`."""
+        return [loss for own in self._call("losses") for loss in own]
+
+    def peak_vram_bytes(self) -> int:
+        """Return the most memory that torch has held on any worker's GPU; 0 on CPUs."""
+        peaks: list[int] = self._call("peak_vram_bytes")
+        return max(peaks)
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return _outcome([actor.call.remote(method, *arguments) for actor in self._actors])
 
     def close(self) -> None:
         """End all workers; what they hold is lost."""

@@ -1,4 +1,4 @@
-"""Factorisations of a damped Gram matrix, in place: one [C, C] buffer, never a second one.
+"""Factorisations of a damped Gram matrix: on a CPU in place, in one [C, C] buffer; elsewhere torch makes copies.
 
 Every function takes a contiguous float32 [C, C] tensor that is symmetric in full, and uses its upper triangle as the
 copy from which a failed attempt is undone. LAPACK reads a row-major array as its transpose, hence ``lower=0`` for what
@@ -86,7 +86,8 @@ def inverse_upper_factor_(h_CC: Tensor, dampings: Sequence[float]) -> list[float
     reverse_(h_CC)
     tried = cholesky_lower_(h_CC, dampings)
     if h_CC.device.type == "cpu":
-        lapack.strtri(h_CC.numpy().T, lower=0, overwrite_c=1)
+        _, info = lapack.strtri(h_CC.numpy().T, lower=0, overwrite_c=1)
+        assert info == 0
     else:
         identity_CC = torch.eye(h_CC.shape[0], device=h_CC.device)
         h_CC.copy_(torch.linalg.solve_triangular(h_CC.tril(), identity_CC, upper=False))
@@ -103,7 +104,8 @@ def inverse_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
     """
     tried = cholesky_lower_(a_CC, dampings)
     if a_CC.device.type == "cpu":
-        lapack.spotri(a_CC.numpy().T, lower=0, overwrite_c=1)
+        _, info = lapack.spotri(a_CC.numpy().T, lower=0, overwrite_c=1)
+        assert info == 0
     else:
         a_CC.copy_(torch.cholesky_inverse(a_CC.tril()))
     mirror_lower_(a_CC)

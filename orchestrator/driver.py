@@ -134,22 +134,22 @@ def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) ->
     if len(committed) < total:
         with worker_pool(plan.model, plan.workers, object_store_bytes(plan), report) as (pool, memory):
             samples = _deal_samples(plan, windows)
-            pool.call_each("start", [(plan.model.layout.stem, own) for own in samples])
+            pool.start(plan.model.layout.stem, samples)
             for block in plan.model.layout.blocks:
                 begin = time.monotonic()
                 if block.index in committed:
                     if windows is not None:
-                        pool.call("forward_block", block.index, _in_output(block.tensors, output))
+                        pool.forward_block(block.index, _in_output(block.tensors, output))
                         report("replay", block.index + 1, total, "")
                     continue
-                done: BlockReport = pool.call("prune_block", plan.task(block.index, output))[0]
+                done = pool.prune_block(plan.task(block.index, output))
                 append(
                     output, "block", {"index": block.index, "linears": [dataclasses.asdict(r) for r in done.linears]}
                 )
                 seconds = time.monotonic() - begin
                 _event(output, {"event": "block", "index": block.index, "seconds": seconds, "ram": memory.peak_bytes})
                 report("prune", block.index + 1, total, _describe(done, seconds))
-            vram = max(pool.call("peak_vram_bytes"))
+            vram = pool.peak_vram_bytes()
         peak = {"vram": vram, "ram": memory.peak_bytes}
     else:
         peak = {"vram": 0, "ram": 0}

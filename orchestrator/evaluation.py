@@ -10,7 +10,7 @@ from typing import Literal
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.tasks import Sample, WindowLoss
+from billhook.layerworkers.tasks import Sample
 from billhook.orchestrator.calibration import (
     CHARACTERS_PER_TOKEN,
     check_vocabulary,
@@ -84,12 +84,12 @@ def evaluate(
     report = progress or no_progress
     with worker_pool(model, Workers(count, threads, address), 0, report) as (pool, memory):
         shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
-        pool.call_each("start", [(model.layout.stem, share) for share in shares])
+        pool.start(model.layout.stem, shares)
         for block in blocks:
-            pool.call("forward_block", block.index, block.tensors)
+            pool.forward_block(block.index, block.tensors)
             report("eval", block.index + 1, len(blocks), "")
-        losses: list[WindowLoss] = [loss for own in pool.call("losses") for loss in own]
-        vram = max(pool.call("peak_vram_bytes"))
+        losses = pool.losses()
+        vram = pool.peak_vram_bytes()
     mean = math.fsum(loss.nats for loss in losses) / len(losses)
     return Evaluation(
         math.exp(mean) if mean < 700 else math.inf,

@@ -34,6 +34,8 @@ class Block:
     """Tensors of the block that are no parameter of the module."""
     linears: tuple[Linear, ...]
     """In execution order."""
+    other_matrices: tuple[str, ...]
+    """Names on disk of the matrices that are the weight of no linear that runs: left dense."""
 
 
 @dataclass(frozen=True)
@@ -122,4 +124,8 @@ def _block(
                     f"{', '.join(sorted(FLOAT_DTYPES))} can be computed with: save the model in bfloat16 first"
                 )
             linears.append(Linear(entry.name, name, (entry.shape[0], entry.shape[1]), group))
-    return Block(index, tensors, others, tuple(linears))
+    weights = {linear.disk_name for linear in linears}
+    other_matrices = tuple(
+        tensor.entry.name for tensor in tensors if len(tensor.entry.shape) > 1 and tensor.entry.name not in weights
+    )
+    return Block(index, tensors, others, tuple(linears), other_matrices)

@@ -62,6 +62,8 @@ class Plan:
     """The linears to prune, by block."""
     skipped: tuple[Linear, ...]
     """Linears in blocks that include and exclude leave dense."""
+    other_matrices: tuple[str, ...]
+    """Matrices in blocks that are the weight of no linear: left dense."""
     unknown: tuple[str, ...]
     """Tensors on disk inside a block that are no parameter of it: copied."""
 
@@ -146,6 +148,7 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources) -> Plan:
         Workers(count, recipe.threads, resources.address),
         chosen,
         skipped,
+        tuple(name for block in opened.layout.blocks for name in block.other_matrices),
         tuple(entry.name for block in opened.layout.blocks for entry in block.others),
     )
 

@@ -35,7 +35,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for block, linears in zip(plan.model.layout.blocks, plan.linears, strict=True)
             for linear in linears
         ],
-        "skipped": [linear.disk_name for linear in plan.skipped],
+        "skipped": [*(linear.disk_name for linear in plan.skipped), *plan.other_matrices],
         "unknown": list(plan.unknown),
         **dataclasses.asdict(estimate(plan)),
     }
@@ -57,6 +57,10 @@ def plan_as_text(plan: Plan) -> str:
         f"leaves     {len(plan.skipped)} linears in the blocks"
         + (f": {', '.join(_kinds(list(plan.skipped)))}" if plan.skipped else ""),
     ]
+    if plan.other_matrices:
+        lines.append(
+            f"           {len(plan.other_matrices)} matrices that are no linears: {plan.other_matrices[0]} ..."
+        )
     if plan.unknown:
         lines.append(
             f"copies     {len(plan.unknown)} tensors in blocks that the model does not use: {plan.unknown[0]} ..."

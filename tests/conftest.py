@@ -93,3 +93,25 @@ def ray_cluster() -> Iterator[None]:
 
     with ray_session(None, cpus=4, gpus=0, object_store_bytes=200 << 20):
         yield
+
+
+@pytest.fixture
+def cluster_environment(ray_cluster: None) -> dict[str, str]:
+    """What a process needs in its environment to join the session; its address is under ``GCS``."""
+    import ray
+
+    from billhook.cluster.session import marked_processes
+
+    token = next(
+        variable.partition(b"=")[2].decode()
+        for pid in marked_processes()
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if variable.startswith(b"RAY_AUTH_TOKEN=")
+    )
+    return {
+        "GCS": ray.get_runtime_context().gcs_address,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray replaces 127.0.0.1 by the outer address
+        "RAY_NUM_REDIS_GET_RETRIES": "2",
+    }

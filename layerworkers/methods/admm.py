@@ -86,5 +86,5 @@ ADMM = Method(
     selections=lambda columns, options: options.reselections,
     flops=lambda rows, columns, options: 2.0 * rows * columns**2 * (options.iterations + 2),
     factor_flops=lambda columns: columns**3,
-    extra_bytes=lambda rows, columns: 4 * columns**2 + 24 * rows * columns,
+    extra_bytes=lambda rows, columns: 4 * columns**2 + 40 * rows * columns,
 )

@@ -54,26 +54,15 @@ def test_everything_listens_on_the_loopback_interface(ray_cluster: None) -> None
     assert addresses <= loopback
 
 
-def test_a_caller_without_the_token_is_refused(ray_cluster: None) -> None:
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
+def test_a_caller_without_the_token_is_refused(cluster_environment: dict[str, str]) -> None:
     attempt = """
         import os
         import ray
         ray.init(address=os.environ["GCS"], log_to_driver=False)
     """
-    token = next(
-        variable.partition(b"=")[2].decode()
-        for pid in session.marked_processes()
-        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if variable.startswith(b"RAY_AUTH_TOKEN=")
-    )
-    environment = {"GCS": address, "RAY_AUTH_MODE": "token", "RAY_NUM_REDIS_GET_RETRIES": "2"}
-    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else 127.0.0.1 becomes the outer address
-    with_token = run_python(attempt, **environment, RAY_AUTH_TOKEN=token)
+    with_token = run_python(attempt, **cluster_environment)
     assert with_token.returncode == 0, with_token.stderr
-    wrong = run_python(attempt, **environment, RAY_AUTH_TOKEN="0" * 64)
+    wrong = run_python(attempt, **{**cluster_environment, "RAY_AUTH_TOKEN": "0" * 64})
     assert wrong.returncode != 0
     assert "token" in wrong.stderr.lower()
 

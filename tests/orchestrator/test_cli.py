@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -189,3 +190,30 @@ def test_verify_exits_with_1_when_it_finds_problems(
         "name": "config.json",
         "reason": "its sha256 differs from the manifest's",
     }
+
+
+def test_a_running_cluster_is_joined_and_left_running(
+    llama: Path, text_file: Path, tmp_path: Path, cluster_environment: dict[str, str]
+) -> None:
+    import ray
+
+    command = [
+        sys.executable, "-m", "billhook.orchestrator", "prune", str(llama), "-o", "out", "--method", "wanda",
+        "--calibration", str(text_file), "--samples", "8", "--seqlen", "32", "--workers", "2", "--json",
+        "--address", cluster_environment["GCS"],
+    ]  # fmt: skip
+    environment = {**os.environ, **cluster_environment}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "out").ok
+    assert ray.cluster_resources()["CPU"] == 4
+    command[-1] = "127.0.0.1:1"
+    refused = subprocess.run(
+        [*command[:6], "elsewhere", *command[7:]],
+        capture_output=True, text=True, timeout=200, check=False, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "--address 127.0.0.1:1: no Ray cluster answers there" in refused.stderr
+    assert not (tmp_path / "elsewhere").exists()
