@@ -52,6 +52,21 @@ class Method:
     """``extra_bytes(rows, columns)`` held during a solve beside the float32 weight and the statistic."""
 
 
+def mask_by_score(weight_RC: Tensor, score_RC: Tensor, select: Selector, partition_rows: int) -> Solution:
+    """Remove the entries with the smallest scores; survivors keep their values.
+
+    score_RC: [R, C] float32, at least 0. Loss and energy are the squared scores of what is removed, and of all.
+    """
+    prune_RC = select(score_RC)
+    squares_RC = score_RC.square()
+    return Solution(
+        weight_RC.masked_fill(prune_RC, 0.0),
+        removed=int(prune_RC.sum()),
+        loss=partition_sums(squares_RC.masked_fill(~prune_RC, 0.0), partition_rows),
+        energy=partition_sums(squares_RC, partition_rows),
+    )
+
+
 def partition_sums(values_RC: Tensor, partition_rows: int) -> list[float]:
     """Sum ``values_RC`` over each row partition, in float64."""
     return [

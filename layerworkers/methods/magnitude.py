@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
+from billhook.layerworkers.methods.contract import Method, Solution, mask_by_score
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 
@@ -24,14 +24,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
 
     The reported error is ``sum (W - W_hat)^2 / sum W^2``: that of white inputs.
     """
-    prune_RC = select(weight_RC.abs())
-    squares_RC = weight_RC.square()
-    return Solution(
-        weight_RC.masked_fill(prune_RC, 0.0),
-        removed=int(prune_RC.sum()),
-        loss=partition_sums(squares_RC.masked_fill(~prune_RC, 0.0), problem.partition_rows),
-        energy=partition_sums(squares_RC, problem.partition_rows),
-    )
+    return mask_by_score(weight_RC, weight_RC.abs(), select, problem.partition_rows)
 
 
 MAGNITUDE = Method(
