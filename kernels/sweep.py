@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from billhook.kernels.compiled import compiled
 from billhook.kernels.select import smallest_in_rows
 
 
@@ -59,7 +60,7 @@ def sweep_masked(w_RB: Tensor, u_BB: Tensor, prune_RB: Tensor) -> Tensor:
         return sweep_masked_reference(w_RB, u_BB, prune_RB)
     w = w_RB.contiguous()
     error_RB = torch.zeros_like(w)
-    _compiled()[0](w.numpy(), u_BB.contiguous().numpy(), prune_RB.contiguous().numpy(), error_RB.numpy())
+    compiled(_masked_loop)(w.numpy(), u_BB.contiguous().numpy(), prune_RB.contiguous().numpy(), error_RB.numpy())
     w_RB.copy_(w)
     return error_RB
 
@@ -71,28 +72,9 @@ def sweep_groups(w_RB: Tensor, u_BB: Tensor, keep: int, group: int) -> Tensor:
     w = w_RB.contiguous()
     error_RB = torch.zeros_like(w)
     chosen = torch.zeros(group, dtype=torch.bool)
-    _compiled()[1](w.numpy(), u_BB.contiguous().numpy(), keep, chosen.numpy(), error_RB.numpy())
+    compiled(_groups_loop)(w.numpy(), u_BB.contiguous().numpy(), keep, chosen.numpy(), error_RB.numpy())
     w_RB.copy_(w)
     return error_RB
-
-
-_loops: tuple[Any, Any] | None = None
-
-
-def _compiled() -> tuple[Any, Any]:
-    """Compile both loops on first use: numba takes a quarter of a second to import, and GPU workers do not need it."""
-    global _loops  # noqa: PLW0603 - a cache for the life of the process
-    if _loops is None:
-        import numba
-
-        def compiled(loop: Any) -> Any:
-            try:
-                return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
-            except RuntimeError:  # no folder that the cache could be written to
-                return numba.njit(nogil=True, error_model="numpy")(loop)
-
-        _loops = compiled(_masked_loop), compiled(_groups_loop)
-    return _loops
 
 
 def _masked_loop(w: Any, u: Any, prune: Any, error: Any) -> None:

@@ -108,18 +108,16 @@ class Selector:
 
     def _smallest_over_owners(self, score_RC: Tensor, sparsity: Fraction) -> Tensor:
         """Find the k-th smallest of all owners exactly: two histograms of the 32-bit keys, 16 bits each."""
-        keys = kernels.sortable_keys(score_RC)
-        high = self._gather_histograms(kernels.high_histogram(keys))
+        high = self._gather_histograms(kernels.high_histogram(score_RC))
         count = int(sparsity * int(high.sum()))
         if count == 0:
             return torch.zeros_like(score_RC, dtype=torch.bool)
         high_bin, before_bin = kernels.bin_of(high.sum(dim=0), count)
-        low = self._gather_histograms(kernels.low_histogram(keys, high_bin))
+        low = self._gather_histograms(kernels.low_histogram(score_RC, high_bin))
         low_bin, before_key = kernels.bin_of(low.sum(dim=0), count - before_bin)
         ties_wanted = count - before_bin - before_key
         ties_before = int(low[: self.owners.rank, low_bin].sum())
-        mask = kernels.below_with_ties(keys, (high_bin << 16) | low_bin, ties_wanted - ties_before)
-        return mask.view_as(score_RC)
+        return kernels.below_with_ties(score_RC, (high_bin << 16) | low_bin, ties_wanted - ties_before)
 
     def _gather_histograms(self, histogram: Tensor) -> Tensor:
         """Return the histograms of all owners, [owners, bins]."""

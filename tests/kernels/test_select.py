@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook.kernels.select import (
+    KEY_BINS,
     below_with_ties,
     bin_of,
     high_histogram,
@@ -17,10 +18,9 @@ from billhook.kernels.select import (
 
 def by_histograms(score: torch.Tensor, count: int) -> torch.Tensor:
     """The selection as it is done over several workers, on one."""
-    keys = sortable_keys(score)
-    high_bin, before_bin = bin_of(high_histogram(keys), count)
-    low_bin, before_key = bin_of(low_histogram(keys, high_bin), count - before_bin)
-    return below_with_ties(keys, (high_bin << 16) | low_bin, count - before_bin - before_key).view_as(score)
+    high_bin, before_bin = bin_of(high_histogram(score), count)
+    low_bin, before_key = bin_of(low_histogram(score, high_bin), count - before_bin)
+    return below_with_ties(score, (high_bin << 16) | low_bin, count - before_bin - before_key)
 
 
 SCORES = st.lists(
@@ -42,6 +42,12 @@ def test_histograms_and_kthvalue_agree_with_the_reference(values: list[float], d
     assert int(expected.sum()) == count
     assert torch.equal(by_histograms(score, count), expected)
     assert torch.equal(smallest_in_rows(score[None], count)[0], expected)
+    keys = sortable_keys(score)
+    assert torch.equal(high_histogram(score), torch.bincount(keys >> 16, minlength=KEY_BINS))
+    high = int(keys[0] >> 16)
+    low = torch.bincount(keys[(keys >> 16) == high] & 0xFFFF, minlength=KEY_BINS)
+    assert torch.equal(low_histogram(score, high), low)
+    assert torch.equal(keys.argsort(stable=True), torch.sort(score + 0.0, stable=True).indices)
 
 
 def test_rows_are_compared_by_themselves_and_ties_go_by_index() -> None:
