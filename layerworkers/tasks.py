@@ -71,6 +71,8 @@ class BlockTask:
     others: tuple[TensorEntry, ...]
     """Tensors on disk that belong to the block but to no parameter of it: copied only."""
     linears: tuple[LinearTask, ...]
+    fit: str
+    """``lockstep``, or ``dense-block``: see :meth:`BlockWorker.prune_block`."""
     output: str
     """Folder of the output; a tensor goes to the same shard and offset as in the source, in a ``.part`` file."""
     partition_samples: int

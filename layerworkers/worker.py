@@ -79,6 +79,9 @@ class BlockWorker:
     def prune_block(self, task: BlockTask) -> BlockReport:
         """Prune one block, write this worker's share of its tensors, and carry the samples through it.
 
+        Fitted in ``lockstep``, a linear sees inputs that passed the sparse linears before it, in one forward pass.
+        Fitted to the ``dense-block``, it sees what the dense block gives it, and a second pass carries the samples on.
+
         Raises:
             InputError: when a weight is NaN or infinite: the tensor is named.
             RunError: when a solve or the disk fails.
@@ -105,11 +108,16 @@ class BlockWorker:
             ):
                 name = result.report.name
                 solved[name], disk[name] = result, result.weight
-                self._skeleton.set_parameter(entries[name].module_name, result.weight)
+                if task.fit == "lockstep":
+                    self._skeleton.set_parameter(entries[name].module_name, result.weight)
 
-        run_lockstep(
-            block, [group for group in groups if group], self._hidden, self._arguments_of(task.index), on_group
-        )
+        arguments = self._arguments_of(task.index)
+        through = self._hidden if task.fit == "lockstep" else list(self._hidden)
+        run_lockstep(block, [group for group in groups if group], through, arguments, on_group)
+        if task.fit == "dense-block":
+            for name, result in solved.items():
+                self._skeleton.set_parameter(entries[name].module_name, result.weight)
+            run_plain(block, self._hidden, arguments)
         self._check_hidden(task.index)
         self._write(task, disk)
         self._skeleton.drop_block(task.index)

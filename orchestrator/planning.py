@@ -92,6 +92,7 @@ class Plan:
                 )
                 for linear in self.linears[index]
             ),
+            self.recipe.fit,
             str(output),
             self.recipe.partition_samples,
             self.partitions,
@@ -104,7 +105,7 @@ class Plan:
         recipe["options"] = self.options
         recipe["calibration"] = calibration_sha256
         if self.method.statistic is None:
-            for key in ("field", "samples", "seqlen", "seed", "bos", "partition_samples"):
+            for key in ("field", "samples", "seqlen", "seed", "bos", "fit", "partition_samples"):
                 del recipe[key]
         return {
             "recipe": recipe,
@@ -129,6 +130,7 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources) -> Plan:
         update={
             "sparsity": float(pattern.sparsity),
             "options": options,
+            "fit": METHODS[recipe.method].fit if recipe.fit == "auto" else recipe.fit,
             "device": opened.device,
             "dtype": opened.dtype,
             "seqlen": seqlen,
@@ -237,7 +239,9 @@ def estimate(plan: Plan) -> Estimate:
     tokens = samples * (recipe.seqlen or 0)
     flops, ram, vram = 0.0, 0, 0
     for block, linears in zip(layout.blocks, plan.linears, strict=True):
-        flops += sum(2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in block.linears)
+        flops += (1 + (recipe.fit == "dense-block")) * sum(
+            2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in block.linears
+        )
         for linear in linears:
             flops += method.flops(*linear.shape, own)
         for columns in {linear.group: linear.shape[1] for linear in linears}.values():

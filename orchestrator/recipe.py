@@ -35,6 +35,9 @@ class Recipe(BaseModel):
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="Start every sample with BOS: auto does so when the tokenizer does."
     )
+    fit: Literal["auto", "lockstep", "dense-block"] = Field(
+        "auto", description="Inputs that a linear is fitted to; auto is the method's own choice."
+    )
     include: tuple[str, ...] = Field((), description="Only linears whose name on disk matches one of these regexes.")
     exclude: tuple[str, ...] = Field((), description="No linear whose name on disk matches one of these regexes.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -83,6 +86,7 @@ class RunOptions(TypedDict, total=False):
     seqlen: int | None
     seed: int
     bos: Literal["auto", "always", "never"]
+    fit: Literal["auto", "lockstep", "dense-block"]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     dtype: Literal["auto", "bfloat16", "float16", "float32"]

@@ -81,6 +81,7 @@ ADMM = Method(
     summary="alternating projections and least squares on the unit-diagonal Gram",
     statistic=GRAM,
     within_rows=False,
+    fit="lockstep",
     options=Options,
     solve=solve,
     selections=lambda columns, options: options.reselections,

@@ -39,6 +39,8 @@ class Method:
     statistic: Statistic | None
     within_rows: bool
     """Whether unstructured selection compares each row by itself rather than the whole linear."""
+    fit: str
+    """``lockstep`` or ``dense-block``: which inputs a linear is fitted to where the recipe leaves it to the method."""
     options: type[Any]
     """A frozen dataclass of the method's own options, each a number or string with a default."""
     solve: Callable[[Tensor, LinearProblem, Selector, Any], Solution]

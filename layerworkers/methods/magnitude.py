@@ -33,6 +33,7 @@ MAGNITUDE = Method(
     summary="smallest |W| of each linear; no calibration",
     statistic=None,
     within_rows=False,
+    fit="lockstep",
     options=Options,
     solve=solve,
     selections=lambda columns, options: 1,

@@ -95,6 +95,7 @@ SPARSEGPT = Method(
     summary="column sweep with error feedback through the inverse Hessian",
     statistic=GRAM,
     within_rows=False,
+    fit="lockstep",
     options=Options,
     solve=solve,
     selections=lambda columns, options: -(-columns // options.block),

@@ -34,6 +34,7 @@ WANDA = Method(
     summary="smallest |W| times input norm in each row; no update of the survivors",
     statistic=COLUMN_SQUARES,
     within_rows=True,
+    fit="dense-block",
     options=Options,
     solve=solve,
     selections=lambda columns, options: 0,

@@ -33,7 +33,7 @@ def solved_by(workers: int, run_group: Any, method: str, pattern: Pattern, dtype
     table = METHODS[method]
     tasks = [LinearTask(name, name, pattern, method, table.options()) for name in weights]
     partitions = 0 if table.statistic is None else 6
-    task = BlockTask(0, (), (), tuple(tasks), "", 4, partitions, 16)
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, partitions, 16)
     numbered = list(enumerate(inputs))
 
     def work(group: Any) -> list[Solved]:
@@ -75,7 +75,7 @@ def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, met
     dense = {name: weight.double() / 3 for name, weight in weights.items()}
     table = METHODS[method]
     tasks = [LinearTask(name, name, NM(2, 4), method, table.options()) for name in dense]
-    task = BlockTask(0, (), (), tuple(tasks), "", 4, 6 if table.statistic else 0, 16)
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6 if table.statistic else 0, 16)
     numbered = list(enumerate(inputs))
     (solved,) = run_group(1, lambda group: solve_group(tasks, dense, numbered, task, group, torch.device("cpu")))
     for each in solved:
