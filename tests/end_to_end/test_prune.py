@@ -12,8 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from billhook.layerworkers.collective import Alone
+from billhook.layerworkers.tasks import Sample
+from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, RunError, evaluate, inspect, prune, verify
 from billhook.orchestrator.journal import append, journal_path, read_journal
+from billhook.orchestrator.model import open_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -66,10 +70,18 @@ def test_the_output_loads_in_transformers_and_computes_what_we_compute(
     ours = evaluate(out, text_file, seqlen=64, windows=6, workers=2)
     assert (ours.windows, ours.tokens) == (6, 6 * 63)
     tokens = AutoTokenizer.from_pretrained(out)(text_file.read_text(), add_special_tokens=False).input_ids
+    opened = open_model(out, "cpu", "auto", False)
+    worker = BlockWorker(opened.worker_setup(torch.get_num_threads()), Alone())
+    windows = torch.tensor(tokens[: 6 * 64]).view(6, 1, 64)
+    worker.start(opened.layout.stem, [Sample(i, tuple(window[0].tolist())) for i, window in enumerate(windows)])
+    for block in opened.layout.blocks:
+        worker.forward_block(block.index, block.tensors)
     losses = []
-    for window in torch.tensor(tokens[: 6 * 64]).view(6, 1, 64):
+    for number, window in enumerate(windows):
         with torch.inference_mode():
-            losses.append(float(model(window, labels=window).loss))
+            theirs = model(window, labels=window)
+        assert torch.equal(worker.logits(number), theirs.logits)
+        losses.append(float(theirs.loss))
     assert ours.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
     assert evaluate(out, text_file, seqlen=64, windows=6, workers=1).perplexity == ours.perplexity
 
