@@ -1,13 +1,11 @@
 """The collective of ``layerworkers`` over Ray: a mailbox actor that all workers of a pool meet at.
 
-Arrays travel through Ray's object store, straight from the sender's node to the receiver's, in pieces of at most
-64 MB; the mailbox sees their references only.
+Arrays travel through Ray's object store, straight from the sender's node to the receiver's, in small pieces; the
+mailbox sees their references only.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from billhook.layerworkers.collective import Message
 
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 16 << 20
 """Largest object that is put into the store."""
 
 INLINE_BYTES = 32 << 10
@@ -32,33 +30,6 @@ class _Parcel:
     pieces: list[Any]
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Holds each exchange's messages until all ranks of its group have posted theirs."""
-
-    def __init__(self) -> None:
-        self._exchanges: dict[Any, _Exchange] = defaultdict(_Exchange)
-
-    async def exchange(self, key: Any, rank: int, size: int, outgoing: dict[int, Message]) -> dict[int, Message]:
-        """Post ``outgoing`` (by receiving rank); return the messages to ``rank`` once all have posted."""
-        exchange = self._exchanges[key]
-        exchange.posted[rank] = outgoing
-        if len(exchange.posted) == size:
-            exchange.complete.set()
-        await exchange.complete.wait()
-        exchange.collected += 1
-        if exchange.collected == size:
-            del self._exchanges[key]
-        return {sender: exchange.posted[sender][rank] for sender in range(size) if rank in exchange.posted[sender]}
-
-
-class _Exchange:
-    def __init__(self) -> None:
-        self.posted: dict[int, dict[int, Message]] = {}
-        self.complete = asyncio.Event()
-        self.collected = 0
 
 
 class RayCollective:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from billhook.cluster.exchange import Mailbox, RayCollective
+from billhook.cluster.exchange import RayCollective
+from billhook.cluster.mailbox import Mailbox
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.machine import machine_facts
 from billhook.layerworkers.tasks import (
@@ -23,17 +24,20 @@ from billhook.layerworkers.tasks import (
 )
 from billhook.layerworkers.worker import BlockWorker
 
+LAST_CHANCE_SECONDS = 10.0
+"""How long the writing of a finished block may go on when the block after it has failed."""
+
 
 @ray.remote
 class WorkerActor:
     """A :class:`BlockWorker` in a process of its own; synchronous, one thread (a greenlet cannot change thread)."""
 
     def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
-        self._setup, self._group = setup, RayCollective(mailbox, range(size), rank)
+        self._setup, self._mailbox, self._group = setup, mailbox, RayCollective(mailbox, range(size), rank)
 
     def set_up(self) -> dict[str, str]:
         """Build the worker; return what of its machine decides bits."""
-        self._worker = BlockWorker(self._setup, self._group)
+        self._worker = BlockWorker(self._setup, self._group, self._mailbox.synced.remote)
         return machine_facts(self._setup.device)
 
     def placed(self) -> None:
@@ -93,14 +97,28 @@ class WorkerPool:
         """Give each worker its samples; see :meth:`BlockWorker.start`."""
         _outcome([actor.call.remote("start", stem, own) for actor, own in zip(self._actors, samples, strict=True)])
 
-    def prune_block(self, task: BlockTask) -> BlockReport:
-        """Prune one block on all workers together; see :meth:`BlockWorker.prune_block`."""
-        report: BlockReport = self._call("prune_block", task)[0]
-        return report
+    def prune_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[BlockReport]:
+        """Prune blocks on all workers together; see :meth:`BlockWorker.prune_block`.
 
-    def forward_block(self, index: int, tensors: Sequence[ModuleTensor]) -> None:
+        A block's report comes once all its tensors are on the disk; by then the next block is under way.
+        """
+        before: BlockReport | None = None
+        for task in tasks:
+            calls = self._submit("prune_block", task)
+            if before is not None and self._reaches_disk(before.index, calls):
+                yield before
+            before = _slowest(_outcome(calls))
+        if before is not None:
+            calls = self._submit("finish_writing")
+            if self._reaches_disk(before.index, calls):
+                yield before
+            _outcome(calls)
+
+    def forward_block(
+        self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
+    ) -> None:
         """Carry all samples through one block; see :meth:`BlockWorker.forward_block`."""
-        self._call("forward_block", index, tensors)
+        self._call("forward_block", index, tensors, next_tensors)
 
     def losses(self) -> list[WindowLoss]:
         """Return the losses of all samples, in order; see :meth:`BlockWorker.losses`."""
@@ -111,14 +129,42 @@ class WorkerPool:
         peaks: list[int] = self._call("peak_vram_bytes")
         return max(peaks)
 
+    def scratch_bytes(self) -> int:
+        """Return the most that the workers have had in their scratch files, together."""
+        return int(sum(self._call("scratch_bytes")))
+
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return _outcome([actor.call.remote(method, *arguments) for actor in self._actors])
+        return _outcome(self._submit(method, *arguments))
+
+    def _submit(self, method: str, *arguments: Any) -> list[Any]:
+        return [actor.call.remote(method, *arguments) for actor in self._actors]
+
+    def _reaches_disk(self, block: int, calls: Sequence[Any]) -> bool:
+        """Wait until all workers have their share of ``block`` on the disk; False when one of ``calls`` failed before.
+
+        A failure of the next block need not be one of this block's writing: that gets a last chance to end.
+        """
+        synced = self._mailbox.all_synced.remote(block, self.size)
+        pending = list(calls)
+        while True:
+            done, _ = ray.wait([synced, *pending])
+            if synced in done:
+                return True
+            pending.remove(done[0])
+            try:
+                ray.get(done[0])
+            except RayError:
+                return bool(ray.wait([synced], timeout=LAST_CHANCE_SECONDS)[0])
 
     def close(self) -> None:
         """End all workers; what they hold is lost."""
         for actor in [*self._actors, self._mailbox]:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
+
+
+def _slowest(reports: list[BlockReport]) -> BlockReport:
+    return max(reports, key=lambda report: report.seconds)
 
 
 def _check_alike(machines: list[dict[str, str]]) -> None:

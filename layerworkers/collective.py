@@ -9,6 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from billhook.layerworkers.scratch import bands
+
 Message = Any
 """Nested tuples, lists and dicts of plain values and numpy arrays. Received arrays are read-only."""
 
@@ -66,3 +72,25 @@ def gather_to(group: Collective, root: int, message: Message) -> list[Message]:
     """Return every rank's message, in rank order, on the root, and an empty list elsewhere."""
     received = group.exchange({root: message})
     return [received[rank] for rank in range(group.size)] if group.rank == root else []
+
+
+def broadcast_tensor_(group: Collective, root: int, tensor: Tensor) -> None:
+    """Overwrite ``tensor`` with the root's, in place, a band of rows at a time, so that little is under way at once."""
+    if group.size == 1:
+        return
+    for start, stop in bands(tensor.shape, tensor.element_size()):
+        band = tensor[start:stop]
+        message = as_bytes(band) if group.rank == root else None
+        received = broadcast(group, root, message)
+        if group.rank != root:
+            band.copy_(from_bytes(received, band))
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor's bytes as a numpy array, which knows no bfloat16."""
+    return tensor.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def from_bytes(array: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+    """Return a copy of :func:`as_bytes`'s tensor, on the CPU, in the shape and dtype of ``like``."""
+    return torch.from_numpy(np.array(array)).view(like.dtype).view(like.shape)

@@ -1,102 +1,208 @@
 """Run all calibration samples through one block at the same time, stopping them together at each linear's input.
 
-Each sample runs the unmodified block in a greenlet of its own. When all stand before the linears of an input group,
-the group is solved and its sparse weights are put into the block; then all go on. So every linear is fitted to inputs
-that already went through the sparse linears before it, in one forward pass.
+Each sample runs the unmodified block in a greenlet of its own. When all have stood before the linears of an input
+group, the group is solved and its sparse weights are put into the block; then all go on. So every linear is fitted to
+inputs that already went through the sparse linears before it, in one forward pass.
+
+What the waiting samples hold can be kept in three ways, which give the same bits:
+
+- ``hold``: where it is;
+- ``spill``: parked, and brought back when the sample goes on;
+- ``replay``: not at all; each sample runs again from the block's input to the next stop, one at a time.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from billhook.layerworkers.live import LiveTensors, ParkedTensors
+from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.skeleton import Arguments
 
-OnGroup = Callable[[tuple[str, ...], list[Tensor]], None]
+Arriving = Iterator[tuple[int, Tensor]]
+"""(position of the sample, its input [1, T, C]) as the samples arrive at a group; an input lasts until the next."""
+
+OnGroup = Callable[[tuple[str, ...], Arriving], None]
 
 
 @torch.inference_mode()
 def run_lockstep(
     block: nn.Module,
     groups: Sequence[tuple[str, ...]],
-    inputs: list[Tensor],
+    inputs: MutableSequence[Tensor],
     arguments: Arguments | None,
     on_group: OnGroup,
+    keep: str = "hold",
+    parking: Parking | None = None,
 ) -> None:
     """Replace each of ``inputs`` by the block's output for it, pausing all of them at every group of linears.
 
     groups: names of linears within the block that share one input tensor, in execution order.
     inputs: one hidden state per sample, [1, T, H]; may be empty (a worker without samples still solves).
     arguments: the block's other arguments, the same for every sample; None only when there are no samples.
-    on_group: called with each group and its input per sample, [1, T, C], before any linear of it runs.
+    on_group: called with each group and its arriving inputs, before any linear of it runs; it must take them all.
+    keep: ``hold``, ``spill`` (to ``parking``) or ``replay``.
 
     The outputs are bit-equal to those of the plain forward with the final weights.
     """
-    hub = getcurrent()
-    leader_of = {name: group[0] for group in groups for name in group}
-    leader_input: list[dict[str, weakref.ref[Tensor]]] = [{} for _ in inputs]
-    running = 0
-
-    def pause(name: str, x: Tensor) -> None:
-        """Run in a sample's greenlet, before a linear: the first of a group waits, the others must share its input."""
-        if leader_of[name] == name:
-            leader_input[running][name] = weakref.ref(x)
-            hub.switch((name, x))
-        else:
-            assert leader_input[running][leader_of[name]]() is x, f"{name} does not see the input of {leader_of[name]}"
-
-    def run() -> None:
-        assert arguments is not None
-        args, kwargs = arguments
-        sample = running
-        inputs[sample] = output_of(block(inputs[sample], *args, **kwargs))
-
-    samples = [greenlet(run) for _ in inputs]
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(
-            # A hook that returned what `switch` returns would replace the linear's input.
-            lambda _module, given, name=name: pause(name, given[0])
-        )
-        for name in leader_of
-    ]
+    samples = _PausedSamples(block, groups, inputs, arguments)
     try:
         for group in groups:
-            stopped = []
-            for running, thread in enumerate(samples):
-                stopped.append(_expect(thread.switch(), running, group[0]))
-            on_group(group, stopped)
-            del stopped
-        for running, thread in enumerate(samples):
-            thread.switch()
-            assert thread.dead, f"sample {running} met more linears than the block has"
+            if keep == "replay":
+                arriving = samples.replay_to(group)
+            else:
+                arriving = samples.go_on_to(group, parking if keep == "spill" else None)
+            on_group(group, arriving)
+            assert next(arriving, None) is None, f"not every sample's input of {group[0]} was taken"
+        samples.leave()
     finally:
-        for handle in handles:
+        samples.close()
+
+
+class _PausedSamples:
+    """The samples of one block, each in a greenlet that stops at the leaders of the groups."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Sequence[tuple[str, ...]],
+        inputs: MutableSequence[Tensor],
+        arguments: Arguments | None,
+    ):
+        self._block, self._inputs, self._arguments = block, inputs, arguments
+        self._hub = getcurrent()
+        self._leader_of = {name: group[0] for group in groups for name in group}
+        self._leader_input: dict[str, weakref.ref[Tensor]] = {}
+        self._leader_inputs: list[dict[str, weakref.ref[Tensor]]] = [{} for _ in inputs]
+        self._wanted = ""
+        self._threads: list[greenlet | None] = [None] * len(inputs)
+        self._live = [LiveTensors() for _ in inputs]
+        self._parked: list[ParkedTensors | None] = [None] * len(inputs)
+        self._handles = [
+            block.get_submodule(name).register_forward_pre_hook(
+                # A hook that returned what `switch` returns would replace the linear's input.
+                lambda _module, given, name=name: self._pause(name, given[0])
+            )
+            for name in self._leader_of
+        ]
+
+    def go_on_to(self, group: tuple[str, ...], parking: Parking | None) -> Arriving:
+        """Let each sample go on from where it stands to ``group``, and park what it holds if there is a parking."""
+        for number in range(len(self._threads)):
+            yield number, self._resume(number, group[0], self._live[number].watching() if parking else nullcontext())
+            if parking is not None:
+                self._parked[number] = ParkedTensors(self._live[number].tensors(), parking)
+
+    def replay_to(self, group: tuple[str, ...]) -> Arriving:
+        """Run each sample from the block's input to ``group``, and forget it again."""
+        for number in range(len(self._threads)):
+            yield number, self._resume(number, group[0], nullcontext())
+            self._stop(number)
+
+    def leave(self) -> None:
+        """Let every sample run to the block's end."""
+        for number in range(len(self._threads)):
+            self._resume(number, "", nullcontext())
+
+    def close(self) -> None:
+        """Forget all samples and remove the hooks."""
+        for handle in self._handles:
             handle.remove()
-        for thread in samples:
-            if thread:
-                thread.throw()
+        for number in range(len(self._threads)):
+            self._stop(number)
 
+    def _resume(self, number: int, wanted: str, watching: AbstractContextManager[Any]) -> Any:
+        """Run one sample until it stands before ``wanted``; return the input there."""
+        if (parked := self._parked[number]) is not None:
+            parked.restore()
+            self._parked[number] = None
+        thread = self._threads[number]
+        if thread is None:
+            thread = self._threads[number] = greenlet(self._run)
+        self._wanted, self._leader_input = wanted, self._leader_inputs[number]
+        with watching:
+            stopped = thread.switch(number) if not thread else thread.switch()
+        if not wanted:
+            assert thread.dead, f"sample {number} met more linears than the block has"
+            return None
+        assert isinstance(stopped, Tensor), f"sample {number} left the block before {wanted}"
+        return stopped
 
-def _expect(stopped: Any, sample: int, leader: str) -> Tensor:
-    assert isinstance(stopped, tuple), f"sample {sample} left the block before {leader}"
-    name, x = stopped
-    assert name == leader, f"sample {sample} stopped at {name}, expected {leader}"
-    assert isinstance(x, Tensor)
-    return x
+    def _run(self, number: int) -> None:
+        assert self._arguments is not None
+        args, kwargs = self._arguments
+        hidden = self._inputs[number]
+        self._live[number].note(hidden)
+        self._inputs[number] = output_of(self._block(hidden, *args, **kwargs))
+
+    def _pause(self, name: str, x: Tensor) -> None:
+        """Run in a sample's greenlet, before a linear: the first of a group waits, the others must share its input."""
+        leader = self._leader_of[name]
+        if leader == name:
+            self._leader_input[name] = weakref.ref(x)
+            if name == self._wanted:
+                self._hub.switch(x)
+        else:
+            assert self._leader_input[leader]() is x, f"{name} does not see the input of {leader}"
+
+    def _stop(self, number: int) -> None:
+        thread, self._threads[number] = self._threads[number], None
+        if thread:
+            thread.throw()
 
 
 @torch.inference_mode()
-def run_plain(block: nn.Module, inputs: list[Tensor], arguments: Arguments | None) -> None:
+def run_plain(block: nn.Module, inputs: MutableSequence[Tensor], arguments: Arguments | None) -> None:
     """Replace each of ``inputs`` by the block's output for it: the forward pass without any pause."""
     for sample, hidden in enumerate(inputs):
         assert arguments is not None
         args, kwargs = arguments
         inputs[sample] = output_of(block(hidden, *args, **kwargs))
+
+
+@torch.inference_mode()
+def run_observed(
+    block: nn.Module,
+    groups: Sequence[tuple[str, ...]],
+    inputs: Sequence[Tensor],
+    arguments: Arguments | None,
+    on_input: Callable[[int, tuple[str, ...], Tensor], None],
+) -> None:
+    """Run the block as it is on every sample for the sake of what enters its linears; the outputs are dropped.
+
+    on_input: called with the sample's position, the group, and its input [1, T, C].
+    """
+    group_of = {name: group for group in groups for name in group}
+    current = 0
+    leader_input: dict[str, weakref.ref[Tensor]] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        leader = group_of[name][0]
+        if leader == name:
+            leader_input[name] = weakref.ref(x)
+            on_input(current, group_of[name], x)
+        else:
+            assert leader_input[leader]() is x, f"{name} does not see the input of {leader}"
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _module, given, name=name: observe(name, given[0]))
+        for name in group_of
+    ]
+    try:
+        for current in range(len(inputs)):
+            assert arguments is not None
+            args, kwargs = arguments
+            block(inputs[current], *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def output_of(result: Any) -> Tensor:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_upper_factor_
 from billhook.kernels.gram import mirror_lower_
-from billhook.layerworkers.collective import Collective, broadcast
+from billhook.layerworkers.collective import Collective, broadcast, broadcast_tensor_
 from billhook.layerworkers.errors import RunError
 
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -134,13 +133,12 @@ class LinearProblem:
 
     def _shared(self, key: tuple[object, ...], compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if key not in self._answers:
-            if self.solvers.size == 1:
-                self._answers[key] = compute()
-            else:
-                root = self.solvers.rank == 0
-                computed = compute() if root else ()
-                received = broadcast(self.solvers, 0, tuple(tensor.cpu().numpy() for tensor in computed))
-                self._answers[key] = (
-                    computed if root else tuple(torch.from_numpy(np.array(array)).to(self.device) for array in received)
-                )
+            answer = compute() if self.solvers.rank == 0 else ()
+            if self.solvers.size > 1:
+                shapes = broadcast(self.solvers, 0, [(tuple(each.shape), each.dtype) for each in answer])
+                if self.solvers.rank != 0:
+                    answer = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
+                for tensor in answer:
+                    broadcast_tensor_(self.solvers, 0, tensor)
+            self._answers[key] = answer
         return self._answers[key]

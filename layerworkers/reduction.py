@@ -13,6 +13,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from billhook.layerworkers.scratch import Parked, bands
+
 
 @dataclass(frozen=True)
 class Node:
@@ -20,7 +22,7 @@ class Node:
 
     level: int
     index: int
-    total: Tensor
+    total: Tensor | Parked
     partitions: int = 1
     """Partitions in the sum."""
 
@@ -35,9 +37,21 @@ def fold(nodes: Iterable[Node]) -> list[Node]:
         stack.append(node)
         while len(stack) > 1 and _are_siblings(stack[-2], stack[-1]):
             right, left = stack.pop(), stack.pop()
-            merged = left.total.add_(right.total)
+            merged = _sum_(left.total, right.total)
             stack.append(Node(left.level + 1, left.index // 2, merged, left.partitions + right.partitions))
     return stack
+
+
+def _sum_(left: Tensor | Parked, right: Tensor | Parked) -> Tensor:
+    """Return the sum in the place of one of the two: floating-point addition commutes, so either will do."""
+    if isinstance(left, Tensor):
+        return left.add_(right) if isinstance(right, Tensor) else _sum_(right, left)
+    if not isinstance(right, Tensor):
+        right = right.take()
+    for start, stop in bands(left.shape):
+        right[start:stop] += left.rows(start, stop).to(right.device)
+    left.give_up()
+    return right
 
 
 def _are_siblings(left: Node, right: Node) -> bool:
@@ -54,7 +68,8 @@ def total(nodes: Iterable[Node], partitions: int) -> Tensor:
         last = stack.pop()
         stack = fold([*stack, Node(last.level + 1, last.index // 2, last.total, last.partitions)])
     assert stack[0].partitions == partitions, f"{stack[0].partitions} partitions summed, expected {partitions}"
-    return stack[0].total
+    whole = stack[0].total
+    return whole if isinstance(whole, Tensor) else whole.take()
 
 
 def even_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors shard by byte range: headers, positioned reads, positioned writes.
+"""Tensors of a safetensors shard by byte range: headers, whole tensors, rows.
 
 Nothing is mapped: a mapped page counts as memory of the process, a buffer that was read does only while it is held.
 """
@@ -6,7 +6,6 @@ Nothing is mapped: a mapped page counts as memory of the process, a buffer that 
 from __future__ import annotations
 
 import json
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.files import read_bytes
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -102,30 +102,6 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
     return prefix + raw, entries
 
 
-def read_bytes(path: str, start_bytes: int, size_bytes: int) -> Tensor:
-    """Read a byte range into a fresh uint8 tensor [size_bytes].
-
-    Raises:
-        RunError: when the file ends early or cannot be read.
-    """
-    buffer = torch.empty(size_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy().data)
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < size_bytes:
-                count = os.preadv(descriptor, [view[done:]], start_bytes + done)
-                if count == 0:
-                    raise RunError(f"{path}: ends at byte {start_bytes + done}, expected {start_bytes + size_bytes}")
-                done += count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise RunError(f"{path}: read failed: {error.strerror}; resume once the disk is well") from error
-    return buffer
-
-
 def read_tensor(entry: TensorEntry) -> Tensor:
     """Read one tensor in its dtype on disk, on the CPU; of a dtype that torch lacks, its bytes as uint8 [size]."""
     data = read_bytes(entry.path, entry.start_bytes, entry.size_bytes)
@@ -139,38 +115,3 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
     row_bytes = entry.size_bytes // entry.shape[0]
     data = read_bytes(entry.path, entry.start_bytes + start * row_bytes, (stop - start) * row_bytes)
     return data.view(DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
-
-
-def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
-    """Write a contiguous CPU tensor's bytes at an offset of an existing file.
-
-    Raises:
-        RunError: when the disk is full or fails.
-    """
-    view = memoryview(data.flatten().view(torch.uint8).numpy().data)
-    try:
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            done = 0
-            while done < len(view):
-                done += os.pwrite(descriptor, view[done:], start_bytes + done)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise RunError(f"{path}: write failed: {error.strerror}; resume with the same command once mended") from error
-
-
-def sync_file(path: str) -> None:
-    """Wait until the file's data is on the disk.
-
-    Raises:
-        RunError: when the disk says that it is not.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise RunError(f"{path}: sync failed: {error.strerror}; resume with the same command once mended") from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.live import LiveTensors
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block, without the hidden state."""
@@ -31,6 +32,18 @@ class BlockFacts:
     input_groups: tuple[tuple[str, ...], ...]
     """Linears by the input tensor that they share, in execution order; names within the block."""
     returns_tuple: bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory that one sample needs while it runs through a block, beside the block's weights; from a meta run."""
+
+    hidden_bytes: int
+    """Of its hidden state."""
+    running_bytes: int
+    """Most that is alive at once while it runs, its input included."""
+    waiting_bytes: dict[str, int]
+    """What is alive while it waits before a group of linears, its input included; by the group's first linear."""
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -195,27 +208,47 @@ class Skeleton:
             setattr(parent, leaf, original)
         return logits
 
+    def footprints(self, tokens: int) -> list[Footprint]:
+        """Return for each block what one sample of ``tokens`` tokens needs in it; no weight is needed."""
+        found: dict[object, Footprint] = {}
+        by_block: list[Footprint] = []
+
+        def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
+            block = self.blocks[index]
+            leaves = [tuple(leaf.shape) for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
+            kind = (type(block), str(leaves), str([(name, p.shape) for name, p in block.named_parameters()]))
+            if kind not in found:
+                found[kind] = _footprint_on_meta(block, given, arguments, self._facts[index].input_groups)
+            by_block.append(found[kind])
+            return given
+
+        self._visit_blocks(tokens, visit)
+        return by_block
+
     def _find_facts(self) -> None:
         """Run every block on the meta device, called as the model calls it for a few tokens."""
-        tokens = 8
-        with torch.inference_mode():
-            stem = self.stem_parameters()
-            held = {name: parameter for name, parameter in stem.items() if parameter.device.type == "meta"}
+
+        def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
+            self._facts[index] = _run_on_meta(self.blocks[index], given, arguments)
+            return given
+
+        self._visit_blocks(8, visit)
+
+    @torch.inference_mode()
+    def _visit_blocks(self, tokens: int, visit: Callable[[int, Tensor, Arguments], Tensor]) -> None:
+        """Run the model's own forward on ``tokens`` zero embeddings, with ``visit`` in place of every block."""
+        stem = self.stem_parameters()
+        held = {name: parameter for name, parameter in stem.items() if parameter.device.type == "meta"}
+        for name, parameter in held.items():
+            self.set_parameter(name, torch.zeros(parameter.shape, dtype=parameter.dtype))
+        try:
+            embedded = torch.zeros(1, tokens, self._embedding().embedding_dim, dtype=self.dtype, device=self.device)
+            with self._stubs(visit):
+                self._owner(inputs_embeds=embedded, use_cache=False)
+        finally:
             for name, parameter in held.items():
-                self.set_parameter(name, torch.zeros(parameter.shape, dtype=parameter.dtype))
-
-            def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
-                self._facts[index] = _run_on_meta(self.blocks[index], given, arguments)
-                return given
-
-            try:
-                embedded = torch.zeros(1, tokens, self._embedding().embedding_dim, dtype=self.dtype, device=self.device)
-                with self._stubs(visit):
-                    self._owner(inputs_embeds=embedded, use_cache=False)
-            finally:
-                for name, parameter in held.items():
-                    path, _, leaf = name.rpartition(".")
-                    setattr(self.model.get_submodule(path), leaf, parameter)
+                path, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(path), leaf, parameter)
 
     def _record(self, embedded: Tensor) -> tuple[Tensor, list[Arguments]]:
         hidden: list[Tensor] = []
@@ -314,37 +347,59 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 def _run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> BlockFacts:
     """Run a block whose parameters are on the meta device, noting which linears share an input tensor."""
+    groups: dict[int, list[str]] = {}
+    alive: list[Tensor] = []  # an id is unique only while its tensor lives
+
+    def note(name: str, x: Tensor) -> None:
+        alive.append(x)
+        groups.setdefault(id(x), []).append(name)
+
+    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    out = _call_on_meta(block, hidden, arguments, linears, note)
+    return BlockFacts(tuple(tuple(names) for names in groups.values()), isinstance(out, tuple))
+
+
+def _footprint_on_meta(
+    block: nn.Module, hidden: Tensor, arguments: Arguments, groups: tuple[tuple[str, ...], ...]
+) -> Footprint:
+    live = LiveTensors()
+    waiting: dict[str, int] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        waiting[name] = live.size_bytes()
+
+    with live.watching():
+        _call_on_meta(block, hidden, arguments, [group[0] for group in groups], note)
+    return Footprint(hidden.nbytes, live.peak_bytes, waiting)
+
+
+def _call_on_meta(
+    block: nn.Module, hidden: Tensor, arguments: Arguments, linears: Sequence[str], note: Callable[[str, Tensor], None]
+) -> Any:
+    """Call a block whose parameters are on the meta device; ``note`` is told of the inputs of ``linears``."""
 
     def to_meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, Tensor) else value
 
-    groups: dict[int, list[str]] = {}
-    alive: list[Tensor] = []  # an id is unique only while its tensor lives
     buffers = [
         (module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)
     ]
-    handles = []
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-
-            def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                alive.append(inputs[0])
-                groups.setdefault(id(inputs[0]), []).append(name)
-
-            handles.append(module.register_forward_pre_hook(note))
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+        for name in linears
+    ]
     try:
         for module, name, buffer in buffers:
             setattr(module, name, buffer.to("meta"))
         args, kwargs = tree_map(to_meta, arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = block(hidden.to("meta"), *args, **kwargs)
+            return block(hidden.to("meta"), *args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
         for module, name, buffer in buffers:
             setattr(module, name, buffer)
-    return BlockFacts(tuple(tuple(names) for names in groups.values()), isinstance(out, tuple))
 
 
 def same_arguments(left: Sequence[Arguments], right: Sequence[Arguments]) -> bool:

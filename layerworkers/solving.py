@@ -6,133 +6,157 @@ Legend: R rows (outputs), C columns (inputs) of a linear.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.collective import Collective, all_gather, gather_to
+from billhook.kernels.products import row_partitions
+from billhook.layerworkers.collective import Collective, all_gather, as_bytes, broadcast_tensor_, from_bytes, gather_to
 from billhook.layerworkers.errors import RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import NM, Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, total
+from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.sharing import Rows, Work, share_out
-from billhook.layerworkers.statistics import Statistic, accumulate
+from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A pruned linear, whole, on every worker."""
+class _Share:
+    """One worker's rows of a linear, solved."""
 
-    weight: Tensor
-    """[R, C] in its dtype on disk, on the CPU; zeros are positive where anything was removed."""
-    report: LinearReport
+    sparse: Tensor
+    """In the dtype on disk, on the CPU."""
+    removed: int
+    loss: list[float]
+    energy: list[float]
+    dampings: list[float]
 
 
 def solve_group(
     linears: Sequence[LinearTask],
     weights: Mapping[str, Tensor],
-    inputs: Sequence[tuple[int, Tensor]],
+    nodes: Sequence[Node],
     task: BlockTask,
     group: Collective,
     device: torch.device,
-) -> list[Solved]:
-    """Prune linears that share one input; collective over ``group``. Returns all of them, on every worker, in order.
+) -> Iterator[LinearReport]:
+    """Prune linears that share one input; collective over ``group``.
 
-    weights: the dense weights by name on disk, [R, C] in their dtype on disk.
-    inputs: (sample number, input [1, T, C]) of this worker's samples, in order.
+    weights: the dense weights by name on disk, [R, C] in their dtype on disk, on the CPU. On every worker each is
+    overwritten by its sparse form before its report is yielded; zeros are positive where anything was removed.
+    nodes: this worker's partial sums of the statistic that the method needs.
 
     Raises:
         RunError: when a solve fails: the linear is named.
     """
     method = METHODS[linears[0].method]
     columns = weights[linears[0].disk_name].shape[1]
-    shares = share_out(
+    ranges = share_out(
         [_work(linear, weights[linear.disk_name]) for linear in linears], group.size, task.partition_rows
     )
-    solvers = [rank for rank in range(group.size) if any(ranges[rank][0] < ranges[rank][1] for ranges in shares)]
+    solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
     if method.statistic is not None:
-        reduced = _reduce(method.statistic, columns, inputs, task, group, solvers[0], device)
-    parts: list[dict[str, Any] | None] = []
+        reduced = _reduce(method.statistic, columns, nodes, task.partitions, group, solvers[0], device)
+    shares: list[_Share | None] = [None] * len(linears)
     if group.rank in solvers:
         problem = LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device)
-        parts = [
-            _solve_share(linear, weights[linear.disk_name], ranges, group, problem)
-            for linear, ranges in zip(linears, shares, strict=True)
+        del reduced
+        shares = [
+            _solve_share(linear, weights[linear.disk_name], own, group, problem)
+            for linear, own in zip(linears, ranges, strict=True)
         ]
-    gathered = all_gather(group, parts)
-    return [
-        _assemble(
-            linear, weights[linear.disk_name], shares[number], [parts[number] if parts else None for parts in gathered]
-        )
-        for number, linear in enumerate(linears)
-    ]
+        del problem
+    for number, linear in enumerate(linears):
+        share, shares[number] = shares[number], None
+        yield _gather_(linear, weights[linear.disk_name], ranges[number], share, group)
 
 
 def _work(linear: LinearTask, weight: Tensor) -> Work:
     method, (rows, columns) = METHODS[linear.method], weight.shape
-    local = isinstance(linear.pattern, NM) or method.within_rows
+    local = _is_local(linear)
     return Work(
         rows, method.flops(rows, columns, linear.options), 0 if local else method.selections(columns, linear.options)
     )
 
 
+def _is_local(linear: LinearTask) -> bool:
+    """Whether a row is selected without a look at the others: then any rows can be solved by themselves."""
+    return isinstance(linear.pattern, NM) or METHODS[linear.method].within_rows
+
+
 def _reduce(
     statistic: Statistic,
     columns: int,
-    inputs: Sequence[tuple[int, Tensor]],
-    task: BlockTask,
+    nodes: Sequence[Node],
+    partitions: int,
     group: Collective,
     root: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Return the statistic over all samples of all workers on ``root``, None elsewhere."""
-    partitions: dict[int, list[Tensor]] = {}
-    for sample, x in inputs:
-        partitions.setdefault(sample // task.partition_samples, []).append(x)
-    nodes = accumulate(statistic, columns, list(partitions.items()), device)
-    if group.size > 1:
-        message = [(node.level, node.index, node.total.cpu().numpy(), node.partitions) for node in nodes]
+    """Return the statistic over all samples of all workers on ``root``, None elsewhere; the nodes are used up.
+
+    It is sent and summed a band of rows at a time, so that the root never holds another worker's whole sum.
+    """
+    if group.size == 1:
+        return total(nodes, partitions)
+    shape = statistic.shape(columns)
+    # The root's first sum is overwritten band by band, as each is consumed.
+    reusable = next((node.total for node in nodes if isinstance(node.total, Tensor)), None)
+    reduced = torch.empty(shape, dtype=torch.float32, device=device) if reusable is None else reusable
+    for start, stop in bands(shape):
+        message = [(node.level, node.index, as_bytes(_band(node, start, stop)), node.partitions) for node in nodes]
         gathered = gather_to(group, root, message)
-        if group.rank != root:
-            return None
-        nodes = [
-            Node(level, index, torch.from_numpy(np.array(array)).to(device), partitions)
-            for message in gathered
-            for level, index, array, partitions in message
-        ]
-    return total(nodes, task.partitions)
+        if group.rank == root:
+            like = torch.empty((stop - start, *shape[1:]), device="meta")
+            reduced[start:stop] = total(
+                [
+                    Node(level, index, from_bytes(array, like).to(device), count)
+                    for message in gathered
+                    for level, index, array, count in message
+                ],
+                partitions,
+            )
+    return reduced if group.rank == root else None
+
+
+def _band(node: Node, start: int, stop: int) -> Tensor:
+    return node.total[start:stop] if isinstance(node.total, Tensor) else node.total.rows(start, stop)
 
 
 def _solve_share(
     linear: LinearTask, weight: Tensor, ranges: Sequence[Rows], group: Collective, problem: LinearProblem
-) -> dict[str, Any] | None:
+) -> _Share | None:
     """Solve this worker's rows of one linear; None where it has none."""
     start, stop = ranges[group.rank]
     if start == stop:
         return None
     method = METHODS[linear.method]
     owners = [rank for rank, (first, last) in enumerate(ranges) if first < last]
-    select = Selector(linear.pattern, method.within_rows, group.subgroup(owners))
-    rows = weight[start:stop].to(problem.device, torch.float32, copy=True)
-    try:
-        solution = method.solve(rows, problem, select, linear.options)
-    except RunError as error:
-        raise RunError(f"{linear.disk_name}: {error}") from error
-    sparse = _as_written(linear, method, solution, weight[start:stop])
-    return {
-        "bytes": sparse.view(torch.uint8).numpy(),
-        "removed": solution.removed,
-        "loss": solution.loss,
-        "energy": solution.energy,
-        "dampings": problem.dampings,
-    }
+    dense = weight[start:stop]
+    sparse = torch.empty_like(dense)
+    removed, loss, energy = 0, list[float](), list[float]()
+    # Rows that are selected by themselves need not be in float32 all at once.
+    local = _is_local(linear)
+    pieces = row_partitions(len(dense), problem.partition_rows) if local else [(0, len(dense))]
+    select = Selector(linear.pattern, method.within_rows, group.subgroup([group.rank] if local else owners))
+    for first, last in pieces:
+        rows = dense[first:last].to(problem.device, torch.float32, copy=True)
+        try:
+            solution = method.solve(rows, problem, select, linear.options)
+        except RunError as error:
+            raise RunError(f"{linear.disk_name}: {error}") from error
+        del rows
+        sparse[first:last] = _as_written(linear, method, solution, dense[first:last])
+        removed += solution.removed
+        loss += solution.loss
+        energy += solution.energy
+    return _Share(sparse, removed, loss, energy, problem.dampings)
 
 
 def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: Tensor) -> Tensor:
@@ -147,28 +171,30 @@ def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: T
     return sparse
 
 
-def _assemble(
-    linear: LinearTask, dense: Tensor, ranges: Sequence[Rows], parts: Sequence[dict[str, Any] | None]
-) -> Solved:
-    weight = torch.empty_like(dense)
-    own = [part for part in parts if part is not None]
-    for (start, stop), part in zip(ranges, parts, strict=True):
-        if part is not None:
-            weight.view(torch.uint8)[start:stop] = torch.from_numpy(np.array(part["bytes"]))
-    removed = sum(part["removed"] for part in own)
-    if removed == 0:
-        weight = dense  # untouched to the last bit, rather than equal up to the rounding of a solve
+def _gather_(
+    linear: LinearTask, weight: Tensor, ranges: Sequence[Rows], share: _Share | None, group: Collective
+) -> LinearReport:
+    """Overwrite the dense weight by the rows of all workers, on all workers."""
+    facts = None if share is None else (share.removed, share.loss, share.energy, share.dampings)
+    gathered = all_gather(group, facts)
+    own = [each for each in gathered if each is not None]
+    removed = sum(each[0] for each in own)
+    if removed:  # else it stays as it is to the last bit, rather than equal up to the rounding of a solve
+        for rank, (start, stop) in enumerate(ranges):
+            if start < stop:
+                if share is not None and rank == group.rank:
+                    weight[start:stop] = share.sparse
+                broadcast_tensor_(group, rank, weight[start:stop])
     # fsum is exact, so the order of the partitions does not matter.
-    loss = math.fsum(value for part in own for value in part["loss"])
-    energy = math.fsum(value for part in own for value in part["energy"])
-    report = LinearReport(
+    loss = math.fsum(value for each in own for value in each[1])
+    energy = math.fsum(value for each in own for value in each[2])
+    return LinearReport(
         name=linear.disk_name,
-        shape=(dense.shape[0], dense.shape[1]),
+        shape=(weight.shape[0], weight.shape[1]),
         pattern=str(linear.pattern),
         method=linear.method,
         removed=removed,
-        zeros=int((weight == 0).sum()),
+        zeros=sum(int((weight[start:stop] == 0).sum()) for start, stop in bands(weight.shape)),
         error=loss / energy if energy else 0.0,
-        dampings=tuple(own[0]["dampings"]),
+        dampings=tuple(own[0][3]),
     )
-    return Solved(weight, report)

@@ -5,14 +5,15 @@ Legend: T tokens of a calibration sample, C input channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from billhook.kernels.gram import add_column_squares_, add_gram_
 from billhook.layerworkers.reduction import Node, fold
+from billhook.layerworkers.scratch import Parking
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,46 @@ GRAM = Statistic("gram", 2, add_gram_)
 """``X^T X`` over all tokens, lower triangle: [C, C]. Twice over the number of samples it is SparseGPT's Hessian."""
 
 
-def accumulate(
-    statistic: Statistic, columns: int, partitions: Sequence[tuple[int, Sequence[Tensor]]], device: torch.device
-) -> list[Node]:
-    """Sum the statistic over each partition from zero, and the partitions in the fixed tree as far as they go.
+class Accumulator:
+    """Sums a statistic over each partition from zero, and the partitions in the fixed tree as far as they go."""
 
-    partitions: (partition number, inputs of its samples, each [..., C]), consecutive and in order.
-    """
-    nodes: list[Node] = []
-    for number, inputs in partitions:
-        subtotal = torch.zeros(statistic.shape(columns), dtype=torch.float32, device=device)
-        for x in inputs:
-            statistic.add_(subtotal, x.reshape(-1, columns))
-        nodes = fold([*nodes, Node(0, number, subtotal)])
-    return nodes
+    def __init__(
+        self,
+        statistic: Statistic,
+        columns: int,
+        partition_samples: int,
+        device: torch.device,
+        parking: Parking | None = None,
+    ):
+        """parking: where partial sums wait for their siblings; None: where they are."""
+        self._statistic, self._columns, self._partition_samples = statistic, columns, partition_samples
+        self._device, self._parking = device, parking
+        self._nodes: list[Node] = []
+        self._partition, self._subtotal = -1, torch.empty(0)
+
+    def add(self, sample: int, x: Tensor) -> None:
+        """Add the input x [..., C] of one sample; samples come in order."""
+        if sample // self._partition_samples != self._partition:
+            self._close()
+            self._park_last()
+            self._partition = sample // self._partition_samples
+            self._subtotal = torch.zeros(self._statistic.shape(self._columns), dtype=torch.float32, device=self._device)
+        self._statistic.add_(self._subtotal, x.reshape(-1, self._columns))
+
+    def nodes(self, park: bool = False) -> list[Node]:
+        """Return the sums, of consecutive partitions, in order, all parked if asked; nothing is left here."""
+        self._close()
+        if park:
+            self._park_last()
+        nodes, self._nodes = self._nodes, []
+        return nodes
+
+    def _close(self) -> None:
+        if self._partition < 0:
+            return
+        self._nodes = fold([*self._nodes, Node(0, self._partition, self._subtotal)])
+        self._partition, self._subtotal = -1, torch.empty(0)
+
+    def _park_last(self) -> None:
+        if self._parking is not None and self._nodes and isinstance(self._nodes[-1].total, Tensor):
+            self._nodes[-1] = replace(self._nodes[-1], total=self._parking.park(self._nodes[-1].total))

@@ -21,6 +21,10 @@ class WorkerSetup:
     """``cpu`` or ``cuda``."""
     threads: int
     trust_remote_code: bool
+    activations: str = "device"
+    """Where hidden states wait between blocks: ``device``, ``ram`` or ``disk``; never changes bytes."""
+    scratch: str = ""
+    """Folder for what is kept on ``disk``."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,20 @@ class StemTask:
     tensors: tuple[ModuleTensor, ...]
     embedding: TensorEntry
     head: TensorEntry
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a worker keeps what, while it works on a block; decides memory and time, never bytes."""
+
+    intermediates: str = "hold"
+    """``hold``, ``spill`` or ``replay``: see :mod:`billhook.layerworkers.lockstep`."""
+    spill_to: str = "disk"
+    """``ram`` or ``disk``: where ``spill`` parks them."""
+    statistics: str = "device"
+    """``device``, ``ram`` or ``disk``: where partial sums wait for their siblings."""
+    read_ahead: bool = True
+    """Whether the next block is read while this one is computed."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,9 @@ class BlockTask:
     partitions: int
     """Partitions of the samples, over all workers."""
     partition_rows: int
+    placement: Placement = Placement()
+    next_tensors: tuple[ModuleTensor, ...] = ()
+    """What will be loaded after this block; read while it is computed, if so placed."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,10 @@ class BlockReport:
 
     index: int
     linears: tuple[LinearReport, ...]
+    seconds: float = 0.0
+    """Of the slowest worker, from the call to the last result; writing may go on."""
+    waited_seconds: float = 0.0
+    """Part of it in which that worker waited for a disk."""
 
 
 @dataclass(frozen=True)

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from billhook.layerworkers.activations import Activations
+from billhook.layerworkers.allocator import return_freed_memory
 from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.lockstep import run_lockstep, run_plain
-from billhook.layerworkers.shards import (
-    FLOAT_DTYPES,
-    TensorEntry,
-    read_rows,
-    read_tensor,
-    sync_file,
-    write_bytes,
-)
+from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
+from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.reduction import Node
+from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
+from billhook.layerworkers.shards import TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Arguments, Skeleton, same_arguments
-from billhook.layerworkers.solving import Solved, solve_group
+from billhook.layerworkers.solving import solve_group
+from billhook.layerworkers.statistics import Accumulator
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
+    LinearReport,
+    LinearTask,
     ModuleTensor,
     Sample,
     StemTask,
     WindowLoss,
     WorkerSetup,
 )
+from billhook.layerworkers.transfer import BlockReader, BlockWriter, check_finite
+
+Group = tuple[str, ...]
+"""Names within the block of linears that share one input and are to be pruned."""
 
 HEAD_SLICE_BYTES = 64 << 20
 """Bytes of the head matrix that are held at once."""
@@ -40,8 +47,10 @@ HEAD_SLICE_BYTES = 64 << 20
 class BlockWorker:
     """Runs blocks of one model over its share of the samples, in step with the other workers of ``group``."""
 
-    def __init__(self, setup: WorkerSetup, group: Collective):
-        self._group = group
+    def __init__(self, setup: WorkerSetup, group: Collective, synced: Callable[[int], None] = lambda index: None):
+        """synced: called from another thread once this worker's share of a pruned block is on the disk."""
+        return_freed_memory()
+        self._setup, self._group, self._synced = setup, group, synced
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
             torch.set_num_threads(setup.threads)
@@ -50,8 +59,9 @@ class BlockWorker:
         self._skeleton = Skeleton(
             Path(setup.folder), getattr(torch, setup.dtype), self._device, setup.trust_remote_code
         )
+        self._reader, self._writer = BlockReader(), BlockWriter()
         self._samples: list[Sample] = []
-        self._hidden: list[Tensor] = []
+        self._hidden = Activations(self._device, None)
         self._arguments: list[Arguments] | None = None
 
     def start(self, task: StemTask, samples: Sequence[Sample]) -> None:
@@ -62,8 +72,9 @@ class BlockWorker:
         """
         self._stem = task
         for tensor in task.tensors:
-            self._skeleton.set_parameter(tensor.module_name, _read_finite(tensor.entry))
-        self._samples, self._hidden, self._arguments = list(samples), [], None
+            self._skeleton.set_parameter(tensor.module_name, self._reader.read(tensor.entry))
+        self._samples, self._arguments = list(samples), None
+        self._hidden = Activations(self._device, self._parking(self._setup.activations))
         for sample in self._samples:
             tokens = torch.tensor(sample.tokens, dtype=torch.int64)
             hidden, arguments = self._skeleton.begin(tokens, self._embedding_rows)
@@ -76,59 +87,135 @@ class BlockWorker:
                     "this architecture is not supported yet"
                 )
 
+    @torch.inference_mode()
     def prune_block(self, task: BlockTask) -> BlockReport:
-        """Prune one block, write this worker's share of its tensors, and carry the samples through it.
+        """Prune one block, begin to write this worker's share of its tensors, and carry the samples through it.
 
         Fitted in ``lockstep``, a linear sees inputs that passed the sparse linears before it, in one forward pass.
         Fitted to the ``dense-block``, it sees what the dense block gives it, and a second pass carries the samples on.
+        The share of the block before is on the disk when this returns.
 
         Raises:
             InputError: when a weight is NaN or infinite: the tensor is named.
             RunError: when a solve or the disk fails.
         """
+        begin, waited = time.monotonic(), self._waited_seconds()
         disk = self._load(task.tensors)
+        if task.placement.read_ahead:
+            self._reader.begin(task.next_tensors)
         linears = {linear.name: linear for linear in task.linears}
-        groups = [
+        everything = [
             tuple(name for name in group if name in linears) for group in self._skeleton.facts(task.index).input_groups
         ]
-        block = self._skeleton.blocks[task.index]
+        groups = [group for group in everything if group]
         entries = {tensor.entry.name: tensor for tensor in task.tensors}
-        solved: dict[str, Solved] = {}
+        pruned = {linear.disk_name for linear in task.linears}
+        own = {entry.name for entry in self._own_share(task)}
+        for entry in self._own_share(task):
+            if entry.name not in pruned:
+                self._writer.write(task.output, entry, disk.get(entry.name))
+        reports: dict[str, LinearReport] = {}
 
-        @torch.inference_mode()
-        def on_group(group: tuple[str, ...], inputs: list[Tensor]) -> None:
+        def solve(group: Group, nodes: Sequence[Node]) -> None:
             tasks = [linears[name] for name in group]
-            for result in solve_group(
-                tasks,
-                {linear.disk_name: disk[linear.disk_name] for linear in tasks},
-                [(sample.index, x) for sample, x in zip(self._samples, inputs, strict=True)],
-                task,
-                self._group,
-                self._device,
-            ):
-                name = result.report.name
-                solved[name], disk[name] = result, result.weight
-                if task.fit == "lockstep":
-                    self._skeleton.set_parameter(entries[name].module_name, result.weight)
+            for report in solve_group(tasks, disk, nodes, task, self._group, self._device):
+                reports[report.name] = report
+                self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
+                if report.name in own:
+                    self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
-        arguments = self._arguments_of(task.index)
-        through = self._hidden if task.fit == "lockstep" else list(self._hidden)
-        run_lockstep(block, [group for group in groups if group], through, arguments, on_group)
-        if task.fit == "dense-block":
-            for name, result in solved.items():
-                self._skeleton.set_parameter(entries[name].module_name, result.weight)
-            run_plain(block, self._hidden, arguments)
+        fit = self._fit_in_lockstep if task.fit == "lockstep" else self._fit_to_dense_block
+        fit(task, groups, linears, solve)
         self._check_hidden(task.index)
-        self._write(task, disk)
+        self._writer.sync(lambda: self._synced(task.index))
         self._skeleton.drop_block(task.index)
-        return BlockReport(task.index, tuple(solved[linear.disk_name].report for linear in task.linears))
+        return BlockReport(
+            task.index,
+            tuple(reports[linear.disk_name] for linear in task.linears),
+            time.monotonic() - begin,
+            self._waited_seconds() - waited,
+        )
 
-    def forward_block(self, index: int, tensors: Sequence[ModuleTensor]) -> None:
-        """Carry the samples through block ``index`` as it is on disk."""
+    def _fit_in_lockstep(
+        self,
+        task: BlockTask,
+        groups: Sequence[Group],
+        linears: Mapping[str, LinearTask],
+        solve: Callable[[Group, Sequence[Node]], None],
+    ) -> None:
+        def on_group(group: Group, arriving: Arriving) -> None:
+            accumulator = self._accumulator(task, linears[group[0]])
+            for position, x in arriving:
+                if accumulator is not None:
+                    accumulator.add(self._samples[position].index, x)
+            solve(group, accumulator.nodes() if accumulator is not None else [])
+
+        run_lockstep(
+            self._skeleton.blocks[task.index],
+            groups,
+            self._hidden,
+            self._arguments_of(task.index),
+            on_group,
+            task.placement.intermediates,
+            self._parking(task.placement.spill_to),
+        )
+
+    def _fit_to_dense_block(
+        self,
+        task: BlockTask,
+        groups: Sequence[Group],
+        linears: Mapping[str, LinearTask],
+        solve: Callable[[Group, Sequence[Node]], None],
+    ) -> None:
+        """Take the statistics of all groups in one pass, or one group after the other where room is short."""
+        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
+        one_by_one = task.placement.intermediates == "replay"
+        nodes: dict[Group, list[Node]] = {group: [] for group in groups}
+        for together in [[group] for group in groups] if one_by_one else [list(groups)]:
+            accumulators = {
+                group: accumulator
+                for group in together
+                if (accumulator := self._accumulator(task, linears[group[0]])) is not None
+            }
+
+            def on_input(
+                position: int, group: Group, x: Tensor, sums: Mapping[Group, Accumulator] = accumulators
+            ) -> None:
+                sums[group].add(self._samples[position].index, x)
+
+            run_observed(block, list(accumulators), self._hidden, arguments, on_input)
+            for group, accumulator in accumulators.items():
+                nodes[group] = accumulator.nodes(park=one_by_one)
+        for group in groups:
+            solve(group, nodes.pop(group))
+        run_plain(block, self._hidden, arguments)
+
+    def _accumulator(self, task: BlockTask, linear: LinearTask) -> Accumulator | None:
+        statistic = METHODS[linear.method].statistic
+        if statistic is None:
+            return None
+        columns = self._skeleton.blocks[task.index].get_submodule(linear.name).in_features
+        assert isinstance(columns, int)
+        parking = self._parking(task.placement.statistics)
+        return Accumulator(statistic, columns, task.partition_samples, self._device, parking)
+
+    def forward_block(
+        self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
+    ) -> None:
+        """Carry the samples through block ``index`` as it is on disk; read ``next_tensors`` meanwhile."""
         self._load(tensors)
+        self._reader.begin(next_tensors)
         run_plain(self._skeleton.blocks[index], self._hidden, self._arguments_of(index))
         self._check_hidden(index)
         self._skeleton.drop_block(index)
+
+    def finish_writing(self) -> None:
+        """Wait until this worker's share of every pruned block is on the disk.
+
+        Raises:
+            RunError: when a write or sync failed.
+        """
+        self._writer.wait()
 
     def logits(self, index: int) -> Tensor:
         """Return the logits [1, T, V] of this worker's ``index``-th sample, whose hidden state left the last block."""
@@ -155,25 +242,34 @@ class BlockWorker:
         """Return the most memory that torch has held on this worker's GPU; 0 on a CPU."""
         return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else 0
 
+    def scratch_bytes(self) -> int:
+        """Return the most that this worker has had in its scratch file."""
+        return self._disk_parking.size_bytes if "_disk_parking" in self.__dict__ else 0
+
     def _load(self, tensors: Sequence[ModuleTensor]) -> dict[str, Tensor]:
         """Read the block's tensors into the module; return them as on disk, by name."""
         disk: dict[str, Tensor] = {}
         for tensor in tensors:
-            disk[tensor.entry.name] = _read_finite(tensor.entry)
+            disk[tensor.entry.name] = self._reader.read(tensor.entry)
             self._skeleton.set_parameter(tensor.module_name, disk[tensor.entry.name])
         return disk
 
-    def _write(self, task: BlockTask, disk: dict[str, Tensor]) -> None:
-        """Write every ``size``-th tensor of the block, so that the workers share the work, and sync the shards."""
-        own = [*(tensor.entry for tensor in task.tensors), *task.others][self._group.rank :: self._group.size]
-        shards = set()
-        for entry in own:
-            path = f"{task.output}/{Path(entry.path).name}.part"
-            data = disk[entry.name] if entry.name in disk else read_tensor(entry)
-            write_bytes(path, entry.start_bytes, data)
-            shards.add(path)
-        for path in sorted(shards):
-            sync_file(path)
+    def _own_share(self, task: BlockTask) -> list[TensorEntry]:
+        """Return what this worker writes of the block: every ``size``-th tensor."""
+        return [*(tensor.entry for tensor in task.tensors), *task.others][self._group.rank :: self._group.size]
+
+    def _parking(self, tier: str) -> Parking | None:
+        """Return where tensors of a tier are parked; None where they stay on the device."""
+        if tier == "device":
+            return None
+        return MemoryParking() if tier == "ram" else self._disk_parking
+
+    @cached_property
+    def _disk_parking(self) -> DiskParking:
+        return DiskParking(self._setup.scratch)
+
+    def _waited_seconds(self) -> float:
+        return self._reader.waited_seconds + self._writer.waited_seconds
 
     def _check_hidden(self, index: int) -> None:
         for sample, hidden in zip(self._samples, self._hidden, strict=True):
@@ -196,8 +292,7 @@ class BlockWorker:
             else:
                 runs.append([token, token + 1])
         rows = torch.cat([read_rows(entry, start, stop) for start, stop in runs])
-        if not torch.isfinite(rows).all():
-            raise InputError(f"{entry.path}: tensor {entry.name} holds NaN or infinity; mend the source checkpoint")
+        check_finite(entry, rows)
         return rows.to(self._device, self._skeleton.dtype)
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
@@ -208,15 +303,7 @@ class BlockWorker:
         for start in range(0, entry.shape[0], rows):
             stop = min(start + rows, entry.shape[0])
             rows_read = read_rows(entry, start, stop)
-            if not torch.isfinite(rows_read).all():
-                raise InputError(f"{entry.path}: tensor {entry.name} holds NaN or infinity; mend the source checkpoint")
+            check_finite(entry, rows_read)
             weight = rows_read.to(self._device, hidden.dtype)
             logits[..., start:stop] = functional.linear(hidden, weight)
         return logits
-
-
-def _read_finite(entry: TensorEntry) -> Tensor:
-    tensor = read_tensor(entry)
-    if entry.dtype in FLOAT_DTYPES and not torch.isfinite(tensor).all():
-        raise InputError(f"{entry.path}: tensor {entry.name} holds NaN or infinity; mend the source checkpoint")
-    return tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.shards import TensorEntry, read_header
+from billhook.layerworkers.shards import DTYPES, TensorEntry, read_header
 from billhook.orchestrator.paths import user_path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -146,6 +147,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     _check_names(folder, shards, weight_map)
     others = tuple(name for name in files if (folder / name).is_file() and Path(name).suffix not in WEIGHT_SUFFIXES)
     return Checkpoint(folder, shards, others)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds weights of any kind, or an index of them."""
+    return any(path.suffix in WEIGHT_SUFFIXES or path.name == INDEX_NAME for path in folder.iterdir())
+
+
+def imagined_checkpoint(folder: Path, parameters: Mapping[str, tuple[int, ...]], dtype: str) -> Checkpoint:
+    """Return the checkpoint that a folder without weights would hold: one shard with these parameters."""
+    entries, end = [], 0
+    item_bytes = DTYPES[dtype].itemsize
+    for name, shape in parameters.items():
+        start, end = end, end + item_bytes * math.prod(shape)
+        entries.append(TensorEntry(name, str(folder / SINGLE_NAME), dtype, shape, start, end))
+    others = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    return Checkpoint(folder, (Shard(SINGLE_NAME, b"", tuple(entries), end),), others)
 
 
 def _read_index(path: Path) -> dict[str, str]:

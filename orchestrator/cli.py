@@ -16,7 +16,7 @@ from types import FrameType, UnionType
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
 from billhook.layerworkers.errors import InputError, RunError
@@ -102,6 +102,8 @@ def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
         option = typer.Option("--set", metavar="NAME=VALUE", help=text + " May be repeated.")
     elif name == "workers":
         option = typer.Option(flag, metavar="N|auto", help=text)
+    elif field.annotation == ByteSize | None:
+        option = typer.Option(flag, metavar="SIZE", help=text)
     elif kind == bool | None:
         option = typer.Option(flag, help=text, show_default=False)
     else:
@@ -113,7 +115,7 @@ def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
 
 def _option_type(annotation: Any) -> Any:
     """Return what typer parses a recipe key as; None is always allowed and means: not given."""
-    if annotation == int | Literal["auto"]:
+    if annotation in (int | Literal["auto"], ByteSize | None):
         return str | None
     if typing.get_origin(annotation) in (dict, tuple):
         return list[str] | None
@@ -181,6 +183,8 @@ def prune_command(
                 "sparsity": result.sparsity,
                 "seconds": result.seconds,
                 "peak_bytes": result.peak_bytes,
+                "planned_bytes": result.planned_bytes,
+                "budgets": dataclasses.asdict(result.budgets),
                 "output": str(result.output),
                 "blocks": result.blocks,
                 "already_finished": result.already_finished,
@@ -192,7 +196,8 @@ def prune_command(
     else:
         print(
             f"{result.output}: {len(result.linears)} linears in {result.blocks} blocks at sparsity "
-            f"{result.sparsity:.4f}, {result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
+            f"{result.sparsity:.4f}, {result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])} "
+            f"(planned {gibibytes(result.planned_bytes['ram'])}, budget {gibibytes(result.budgets.ram)})"
         )
 
 

@@ -14,11 +14,13 @@ from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import BlockReport, LinearReport, ModuleTensor, Sample
 from billhook.orchestrator import output as out
+from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary
 from billhook.orchestrator.card import model_card
 from billhook.orchestrator.journal import FOLDER, append, read_journal
 from billhook.orchestrator.paths import user_path
-from billhook.orchestrator.planning import Plan, make_plan, object_store_bytes
+from billhook.orchestrator.planning import Plan, estimate, make_plan
+from billhook.orchestrator.printing import arrangement_as_text
 from billhook.orchestrator.recipe import RunOptions, read_options
 from billhook.orchestrator.workers import Progress, no_progress, worker_pool
 
@@ -33,7 +35,10 @@ class PruneResult:
     seconds: float
     """Of this command; 0 when the run had already finished."""
     peak_bytes: dict[str, int]
-    """Measured vram, ram and disk of this node."""
+    """Measured vram, ram and disk of this node; 0 for what this command did not use."""
+    planned_bytes: dict[str, int]
+    """The same, as planned."""
+    budgets: Budgets
     blocks: int
     linears: tuple[LinearReport, ...]
     already_finished: bool
@@ -58,9 +63,10 @@ def prune(
     begin = time.monotonic()
     asked, resources = read_options(recipe, options)
     report = progress or no_progress
-    plan = make_plan(model, asked, resources)
     target = user_path(output)  # absolute: workers have a working folder of their own
+    plan = make_plan(model, asked, resources, target)
     out.check_free(target, plan.model.checkpoint)
+    report("plan", 1, 1, arrangement_as_text(plan))
     windows = None
     if plan.method.statistic is not None:
         windows = calibration_windows(plan.recipe, plan.model.checkpoint.folder, plan.model.config)
@@ -87,7 +93,9 @@ def prune(
         target,
         sparsity_of(linears),
         0.0 if finished else time.monotonic() - begin,
-        {"vram": 0, "ram": 0, "disk": disk} if finished else {**peak, "disk": disk},
+        {"vram": 0, "ram": 0, "disk": disk} if finished else {**peak, "disk": peak["disk"] + disk},
+        estimate(plan).peak_bytes,
+        plan.budgets,
         len(plan.model.layout.blocks),
         linears,
         finished,
@@ -132,27 +140,27 @@ def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) ->
     committed = {line["index"] for line in read_journal(output) if line["kind"] == "block"}
     total = len(plan.model.layout.blocks)
     if len(committed) < total:
-        with worker_pool(plan.model, plan.workers, object_store_bytes(plan), report) as (pool, memory):
+        scratch_folder = plan.scratch or str(output / FOLDER)
+        setup = plan.model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch_folder)
+        with worker_pool(setup, plan.workers, report) as (pool, memory):
             samples = _deal_samples(plan, windows)
             pool.start(plan.model.layout.stem, samples)
-            for block in plan.model.layout.blocks:
-                begin = time.monotonic()
-                if block.index in committed:
-                    if windows is not None:
-                        pool.forward_block(block.index, _in_output(block.tensors, output))
-                        report("replay", block.index + 1, total, "")
-                    continue
-                done = pool.prune_block(plan.task(block.index, output))
-                append(
-                    output, "block", {"index": block.index, "linears": [dataclasses.asdict(r) for r in done.linears]}
-                )
-                seconds = time.monotonic() - begin
-                _event(output, {"event": "block", "index": block.index, "seconds": seconds, "ram": memory.peak_bytes})
-                report("prune", block.index + 1, total, _describe(done, seconds))
+            blocks = plan.model.layout.blocks
+            for block in blocks:
+                if block.index in committed and windows is not None:
+                    pool.forward_block(block.index, _in_output(block.tensors, output))
+                    report("replay", block.index + 1, total, "")
+            tasks = (plan.task(block.index, output) for block in blocks if block.index not in committed)
+            for done in pool.prune_blocks(tasks):
+                append(output, "block", {"index": done.index, "linears": [dataclasses.asdict(r) for r in done.linears]})
+                timed = {"seconds": done.seconds, "waited_seconds": done.waited_seconds, "ram": memory.peak_bytes}
+                _event(output, {"event": "block", "index": done.index, **timed})
+                report("prune", done.index + 1, total, _describe(done))
+            scratch = pool.scratch_bytes()
             vram = pool.peak_vram_bytes()
-        peak = {"vram": vram, "ram": memory.peak_bytes}
+        peak = {"vram": vram, "ram": memory.peak_bytes, "disk": scratch}
     else:
-        peak = {"vram": 0, "ram": 0}
+        peak = {"vram": 0, "ram": 0, "disk": 0}
     if not any(line["kind"] == "rest" for line in read_journal(output)):
         report("copy", 0, 1, "tensors outside the blocks")
         out.copy_tensors(plan.model.layout.rest, output)
@@ -199,15 +207,15 @@ def _reports(output: Path) -> tuple[LinearReport, ...]:
     )
 
 
-def _describe(done: BlockReport, seconds: float) -> str:
+def _describe(done: BlockReport) -> str:
     if not done.linears:
-        return f"nothing to prune, {seconds:.1f} s"
+        return f"nothing to prune, {done.seconds:.1f} s"
     worst = max(done.linears, key=lambda linear: linear.error)
     raised = [linear.name for linear in done.linears if len(linear.dampings) > 1]
     notes = f", damping raised for {', '.join(raised)}" if raised else ""
     return (
         f"sparsity {sparsity_of(done.linears):.4f}, largest error {worst.error:.4f} ({worst.name}), "
-        f"{seconds:.1f} s{notes}"
+        f"{done.seconds:.1f} s{notes}"
     )
 
 

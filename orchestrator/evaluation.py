@@ -82,11 +82,12 @@ def evaluate(
     blocks = model.layout.blocks
     check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
     report = progress or no_progress
-    with worker_pool(model, Workers(count, threads, address), 0, report) as (pool, memory):
+    with worker_pool(model.worker_setup(threads), Workers(count, threads, address), report) as (pool, memory):
         shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
         pool.start(model.layout.stem, shares)
         for block in blocks:
-            pool.forward_block(block.index, block.tensors)
+            later = blocks[block.index + 1 : block.index + 2]
+            pool.forward_block(block.index, block.tensors, later[0].tensors if later else ())
             report("eval", block.index + 1, len(blocks), "")
         losses = pool.losses()
         vram = pool.peak_vram_bytes()

@@ -12,7 +12,14 @@ import torch
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.tasks import WorkerSetup
-from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, read_config, resolve_model
+from billhook.orchestrator.checkpoint import (
+    Checkpoint,
+    has_weights,
+    imagined_checkpoint,
+    open_checkpoint,
+    read_config,
+    resolve_model,
+)
 from billhook.orchestrator.layout import Layout, lay_out
 
 
@@ -29,14 +36,27 @@ class Model:
     dtype: str
     """Compute dtype, a torch name."""
     trust_remote_code: bool
+    skeleton: Skeleton
 
-    def worker_setup(self, threads: int) -> WorkerSetup:
-        """Return how a worker with ``threads`` CPU threads computes with this model."""
-        return WorkerSetup(str(self.checkpoint.folder), self.dtype, self.device, threads, self.trust_remote_code)
+    def worker_setup(self, threads: int, activations: str = "device", scratch: str = "") -> WorkerSetup:
+        """Return how a worker with ``threads`` CPU threads computes with this model, and where it keeps activations."""
+        return WorkerSetup(
+            str(self.checkpoint.folder),
+            self.dtype,
+            self.device,
+            threads,
+            self.trust_remote_code,
+            activations,
+            scratch,
+        )
 
 
-def open_model(model: str | Path, device: str, dtype: str, trust_remote_code: bool) -> Model:
+def open_model(
+    model: str | Path, device: str, dtype: str, trust_remote_code: bool, weights_needed: bool = True
+) -> Model:
     """Open a folder or hub id; ``device`` and ``dtype`` may be ``auto``.
+
+    weights_needed: if not, a folder with a config and no weights will do; the shapes are then what the config implies.
 
     Raises:
         InputError: for anything wrong with the model.
@@ -45,11 +65,20 @@ def open_model(model: str | Path, device: str, dtype: str, trust_remote_code: bo
     folder = resolve_model(model)
     if not any(folder.iterdir()):
         raise InputError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
-    read_config(folder)
-    checkpoint = open_checkpoint(folder)
-    dtype = _resolve_dtype(dtype, device, checkpoint)
-    skeleton = Skeleton(folder, getattr(torch, dtype), torch.device("cpu"), trust_remote_code)
-    return Model(checkpoint, skeleton.config, lay_out(checkpoint, skeleton), device, dtype, trust_remote_code)
+    config = read_config(folder)
+    if weights_needed or has_weights(folder):
+        checkpoint = open_checkpoint(folder)
+        compute = _resolve_dtype(dtype, device, _main_dtype(checkpoint))
+        skeleton = Skeleton(folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code)
+    else:
+        stored = _named_dtype(config)
+        compute = _resolve_dtype(dtype, device, stored)
+        skeleton = Skeleton(folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code)
+        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
+        checkpoint = imagined_checkpoint(folder, shapes, stored)
+    return Model(
+        checkpoint, skeleton.config, lay_out(checkpoint, skeleton), device, compute, trust_remote_code, skeleton
+    )
 
 
 def resolve_workers(workers: int | str, device: str, threads: int, useful: int) -> int:
@@ -80,14 +109,24 @@ def _resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
-    """Return the compute dtype's torch name; ``auto`` is that of most of the checkpoint's bytes."""
+def _resolve_dtype(dtype: str, device: str, stored: str) -> str:
+    """Return the compute dtype's torch name; ``auto`` is that of the checkpoint."""
     if dtype != "auto":
         return dtype
+    if stored == "F16" and device == "cpu":
+        return "float32"  # float16 products are several times slower than float32 ones on CPUs
+    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+
+
+def _main_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of most of the checkpoint's bytes."""
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
-    main = max(sizes, key=lambda name: sizes[name], default="F32")
-    if main == "F16" and device == "cpu":
-        return "float32"  # float16 products are several times slower than float32 ones on CPUs
-    return {"BF16": "bfloat16", "F16": "float16"}.get(main, "float32")
+    return max(sizes, key=lambda name: sizes[name], default="F32")
+
+
+def _named_dtype(config: dict[str, Any]) -> str:
+    """Return the dtype that config.json names, BF16 where it names none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return {"float16": "F16", "float32": "F32", "float64": "F64"}.get(name, "BF16")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.shards import TensorEntry, read_bytes, sync_file, write_bytes
+from billhook.layerworkers.files import read_bytes, sync_file, write_bytes
+from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.journal import FOLDER
 

@@ -5,31 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import re
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
-from billhook.kernels.products import row_partitions
+from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.machine import machine_facts
 from billhook.layerworkers.methods import METHODS, Method
 from billhook.layerworkers.patterns import NM, Pattern, parse_pattern
-from billhook.layerworkers.shards import DTYPES
 from billhook.layerworkers.tasks import BlockTask, LinearTask
+from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.calibration import default_seqlen
-from billhook.orchestrator.layout import Block, Layout, Linear
+from billhook.orchestrator.checkpoint import Checkpoint
+from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
+from billhook.orchestrator.placing import Arrangement, BlockWork, DoesNotFitError, Job, arrange
+from billhook.orchestrator.probe import CPU_CORE, GPU, Rates, measured_rates
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, method_options, read_options
 from billhook.orchestrator.workers import Workers
-
-PROCESS_BYTES = 420 << 20
-"""Memory of a Python process with torch and transformers imported, before any data."""
-
-RAY_BYTES = 450 << 20
-"""Memory of Ray's own processes on one node."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +33,14 @@ class Estimate:
     flops: float
     bytes_read: int
     bytes_written: int
+    bytes_spilled: int
+    """Most that lies in scratch files at once."""
     seconds: float
-    """From the rate of a short matrix product on this machine."""
+    """From a short measurement of products, disk and copies on this machine."""
     peak_bytes: dict[str, int]
-    """vram and ram of this node, disk of the output."""
+    """vram of a worker, ram of this node, disk of output and scratch."""
     fits: bool
-    """Whether the peaks are within what this machine has in all."""
+    """Whether the peaks are within the budgets; ``prune`` refuses to start where they are not."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,16 @@ class Plan:
     """Matrices in blocks that are the weight of no linear: left dense."""
     unknown: tuple[str, ...]
     """Tensors on disk inside a block that are no parameter of it: copied."""
+    budgets: Budgets
+    rates: Rates
+    arrangement: Arrangement
+    """Where everything is kept; no byte of the output depends on it."""
+    scratch: str | None
+    """Folder for what is kept on disk; None: in the output."""
+    elsewhere: dict[str, Arrangement | None]
+    """How one worker would do it on other kinds of machines; None where it cannot."""
+    misfit: str | None
+    """Why the budgets are too small and what would do; the arrangement is then made for what would do."""
 
     @property
     def method(self) -> Method:
@@ -97,6 +103,8 @@ class Plan:
             self.recipe.partition_samples,
             self.partitions,
             self.recipe.partition_rows or 0,
+            self.arrangement.placements[index],
+            tuple(tensor for later in self.model.layout.blocks[index + 1 : index + 2] for tensor in later.tensors),
         )
 
     def fingerprint(self, calibration_sha256: str | None) -> dict[str, Any]:
@@ -115,15 +123,18 @@ class Plan:
         }
 
 
-def make_plan(model: str | Path, recipe: Recipe, resources: Resources) -> Plan:
+def make_plan(model: str | Path, recipe: Recipe, resources: Resources, output: Path | None = None) -> Plan:
     """Decide a run from the config and the shards' headers: no weight is read.
 
+    output: where the checkpoint will be written; its disk limits the run where no other limit is given. None: nothing
+    will be, and a folder that holds a config only will do.
+
     Raises:
-        InputError: for anything wrong with the model or the request.
+        InputError: for anything wrong with the model or the request, or where no way of working fits the budgets.
     """
     options = method_options(recipe.method, recipe.options)
     pattern = parse_pattern(recipe.pattern, recipe.sparsity)
-    opened = open_model(model, recipe.device, recipe.dtype, recipe.trust_remote_code)
+    opened = open_model(model, recipe.device, recipe.dtype, recipe.trust_remote_code, output is not None)
     seqlen = recipe.seqlen or default_seqlen(opened.config)
     check_context(seqlen, opened.config)
     recipe = recipe.model_copy(
@@ -139,32 +150,86 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources) -> Plan:
     )
     chosen, skipped = _choose(opened.layout, recipe, opened.checkpoint.folder)
     _check_widths(chosen, pattern)
-    useful = -(-recipe.samples // recipe.partition_samples) if METHODS[recipe.method].statistic is not None else 1
-    count = resolve_workers(resources.workers, opened.device, recipe.threads, useful)
-    check_gpus(count, opened.device, resources.address)
+    method = METHODS[recipe.method]
+    job = Job(recipe, method, method.options(**options), pattern, recipe.samples if method.statistic is not None else 0)
+    useful = job.partitions if job.samples else 1
+    most = resolve_workers(resources.workers, opened.device, recipe.threads, useful)
+    check_gpus(most, opened.device, resources.address)
+    budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, opened.device, output)
+    rates = measured_rates(opened)
+    work = block_work(opened, chosen, seqlen)
+    counts = range(most, 0, -1) if resources.workers == "auto" else [most]
+    tiers = {name: getattr(resources, name) for name in ("activations", "intermediates", "statistics")}
+    size = output_bytes(opened.checkpoint)
+    misfit, within = None, budgets
+    while True:
+        try:
+            arrangement = arrange(job, work, within, rates, counts, own_bytes(os.getpid()), tiers, size)
+            break
+        except DoesNotFitError as error:
+            if output is not None:
+                raise
+            misfit, within = misfit or str(error), error.smallest
     return Plan(
         opened,
         recipe,
         pattern,
         options,
-        Workers(count, recipe.threads, resources.address),
+        Workers(arrangement.workers, recipe.threads, resources.address),
         chosen,
         skipped,
         tuple(name for block in opened.layout.blocks for name in block.other_matrices),
         tuple(entry.name for block in opened.layout.blocks for entry in block.others),
+        budgets,
+        rates,
+        arrangement,
+        resources.scratch,
+        _elsewhere(job, work, size) if output is None else {},
+        misfit,
     )
 
 
-def object_store_bytes(plan: Plan) -> int:
-    """Return what Ray's object store must hold: an exchange's statistics from all workers, and the solved rows."""
-    if plan.workers.count == 1:
-        return 0
-    linears = [linear for block in plan.linears for linear in block]
-    statistic = plan.method.statistic
-    widest = max(linear.shape[1] for linear in linears)
-    largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
-    reduced = statistic.size_bytes(widest) if statistic is not None else 0
-    return plan.workers.count * 4 * reduced + 2 * 4 * largest + (128 << 20)
+def _elsewhere(job: Job, work: list[BlockWork], size: int) -> dict[str, Arrangement | None]:
+    """Return how one worker would go about it on machines of other kinds, each with as much RAM as it takes."""
+    on_gpu = job.recipe.model_copy(
+        update={
+            "device": "cuda",
+            "partition_rows": 2048,
+            "dtype": "bfloat16" if job.recipe.dtype == "auto" else job.recipe.dtype,
+        }
+    )
+    tiers = dict.fromkeys(("activations", "intermediates", "statistics"), "auto")
+    plenty = 1 << 60
+    found: dict[str, Arrangement | None] = {}
+    for name, gpu_bytes in (("80 GB GPU", 80_000_000_000), ("24 GB GPU", 24_000_000_000), ("CPU", None)):
+        one = job if gpu_bytes is None else replace(job, recipe=on_gpu)
+        if gpu_bytes is None:
+            one = replace(job, recipe=job.recipe.model_copy(update={"device": "cpu", "partition_rows": 256}))
+        vram = None if gpu_bytes is None else int(VRAM_SHARE * gpu_bytes)
+        rates = CPU_CORE if gpu_bytes is None else GPU
+        try:
+            found[name] = arrange(
+                one, work, Budgets(vram, plenty, None), rates, [1], own_bytes(os.getpid()), tiers, size
+            )
+        except InputError:
+            found[name] = None
+    return found
+
+
+def block_work(model: Model, chosen: tuple[tuple[Linear, ...], ...], seqlen: int) -> list[BlockWork]:
+    """Return each block with the linears to prune and what a sample needs in it."""
+    sizes = [sum(tensor.entry.size_bytes for tensor in block.tensors) for block in model.layout.blocks]
+    return [
+        BlockWork(block, linears, footprint, size)
+        for block, linears, footprint, size in zip(
+            model.layout.blocks, chosen, model.skeleton.footprints(seqlen), [*sizes[1:], sizes[-1]], strict=True
+        )
+    ]
+
+
+def output_bytes(checkpoint: Checkpoint) -> int:
+    """Return the size of the output: that of the source, and of what travels along."""
+    return checkpoint.size_bytes + sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
 
 
 def versions() -> dict[str, str]:
@@ -231,83 +296,38 @@ def _check_widths(chosen: tuple[tuple[Linear, ...], ...], pattern: Pattern) -> N
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Predict what a run takes from the shapes of its tensors, and its time from a short measurement here."""
+    """Predict what a run takes from the shapes of its tensors, and its time from the rates of this machine."""
     checkpoint, layout, method = plan.model.checkpoint, plan.model.layout, plan.method
     recipe, workers = plan.recipe, plan.workers.count
     own = method.options(**plan.options)
-    samples = recipe.samples if method.statistic is not None else 0
-    tokens = samples * (recipe.seqlen or 0)
-    flops, ram, vram = 0.0, 0, 0
+    tokens = recipe.samples * (recipe.seqlen or 0) if method.statistic is not None else 0
+    forward, solving = 0.0, 0.0
     for block, linears in zip(layout.blocks, plan.linears, strict=True):
-        flops += (1 + (recipe.fit == "dense-block")) * sum(
+        forward += (1 + (recipe.fit == "dense-block")) * sum(
             2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in block.linears
         )
         for linear in linears:
-            flops += method.flops(*linear.shape, own)
+            solving += method.flops(*linear.shape, own)
         for columns in {linear.group: linear.shape[1] for linear in linears}.values():
-            flops += method.factor_flops(columns)
+            solving += method.factor_flops(columns)
             if method.statistic is not None:
-                flops += tokens * columns**method.statistic.dimensions
-        ram = max(ram, _block_bytes(block, linears, recipe, method, workers, samples))
-    if recipe.device == "cuda":
-        vram, ram = ram // workers, sum(tensor.entry.size_bytes for tensor in layout.blocks[0].tensors) * workers
-    embedding = layout.stem.embedding
-    rows_read = min(tokens, embedding.shape[0]) * (embedding.size_bytes // embedding.shape[0])
-    ram += (PROCESS_BYTES * (workers + 1)) + RAY_BYTES + rows_read + object_store_bytes(plan)
-    written = checkpoint.size_bytes + sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
+                solving += tokens * columns**method.statistic.dimensions
+    written = output_bytes(checkpoint)
     read = checkpoint.size_bytes + (workers - 1) * sum(
         tensor.entry.size_bytes for block in layout.blocks for tensor in block.tensors
     )
-    peak = {"vram": vram, "ram": ram, "disk": written}
+    computing = (forward / plan.rates.flops + solving / plan.rates.float32_flops) / workers
+    moving = (read + written) / plan.rates.disk_bytes
+    peak = plan.arrangement.peak
     return Estimate(
-        flops, read, written, flops / (_measured_flops_per_second(recipe.device) * workers), peak, _fits(peak)
+        forward + solving,
+        read,
+        written,
+        peak.disk,
+        max(computing, moving) + plan.arrangement.extra_seconds,
+        {"vram": peak.device if recipe.device != "cpu" else 0, "ram": peak.ram, "disk": written + peak.disk},
+        plan.misfit is None,
     )
-
-
-def _block_bytes(
-    block: Block, linears: tuple[Linear, ...], recipe: Recipe, method: Method, workers: int, samples: int
-) -> int:
-    """Estimate what all workers hold at the worst moment of one block."""
-    weights = sum(tensor.entry.size_bytes for tensor in block.tensors)
-    item = DTYPES["F32"].itemsize if recipe.dtype == "float32" else 2
-    width = max((linear.shape[1] for linear in block.linears), default=0)
-    hidden = min((linear.shape[1] for linear in block.linears), default=0)
-    activations = samples * (recipe.seqlen or 0) * item * (2 * hidden + 2 * width)
-    solve = 0
-    for linear in linears:
-        rows, columns = linear.shape
-        partition = max(stop - start for start, stop in row_partitions(rows, recipe.partition_rows or 256))
-        statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0
-        live = (samples // recipe.partition_samples // workers).bit_length() + 2
-        solve = max(
-            solve,
-            workers * live * statistic
-            + 4 * rows * columns
-            + method.extra_bytes(rows, columns)
-            + 4 * partition * columns,
-        )
-    return workers * 2 * weights + activations + solve
-
-
-def _fits(peak: dict[str, int]) -> bool:
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    vram = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    return peak["ram"] <= ram and peak["vram"] <= vram
-
-
-def _measured_flops_per_second(device: str) -> float:
-    """Time a float32 product of 1024 x 1024 matrices on one thread: the slower of the two rates that matter."""
-    threads = torch.get_num_threads()
-    a = torch.ones(1024, 1024, device=device)
-    try:
-        torch.set_num_threads(1)
-        _ = a @ a
-        begin = time.perf_counter()
-        for _ in range(3):
-            _ = float((a @ a)[0, 0])
-        return 3 * 2.0 * 1024**3 / (time.perf_counter() - begin)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def plan(model: str | Path, *, recipe: str | Path | None = None, **options: Unpack[RunOptions]) -> Plan:

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.layout import Linear
+from billhook.orchestrator.placing import Arrangement
 from billhook.orchestrator.planning import Plan, estimate
 
 
@@ -38,6 +40,22 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "skipped": [*(linear.disk_name for linear in plan.skipped), *plan.other_matrices],
         "unknown": list(plan.unknown),
         **dataclasses.asdict(estimate(plan)),
+        "misfit": plan.misfit,
+        "budgets": dataclasses.asdict(plan.budgets),
+        "rates": dataclasses.asdict(plan.rates),
+        **_arrangement_as_json(plan.arrangement),
+        "elsewhere": {
+            name: None if made is None else _arrangement_as_json(made) for name, made in plan.elsewhere.items()
+        },
+    }
+
+
+def _arrangement_as_json(arrangement: Arrangement) -> dict[str, Any]:
+    return {
+        "activations": arrangement.activations,
+        "placements": [dataclasses.asdict(placement) for placement in arrangement.placements],
+        "phases": {name: dataclasses.asdict(need) for name, need in arrangement.phases.items()},
+        "peak": dataclasses.asdict(arrangement.peak),
     }
 
 
@@ -75,11 +93,79 @@ def plan_as_text(plan: Plan) -> str:
         f"{recipe.dtype}, on {where}",
         f"reads      {gibibytes(taken.bytes_read)}, writes {gibibytes(taken.bytes_written)}",
         f"computes   {taken.flops:.3g} FLOP, about {_duration(taken.seconds)}",
+        f"budgets    {_budgets(plan)}",
+        *([f"           DOES NOT FIT: {plan.misfit}"] if plan.misfit else []),
         f"peaks      RAM {gibibytes(taken.peak_bytes['ram'])}, "
-        f"GPU {gibibytes(taken.peak_bytes['vram'])}, disk {gibibytes(taken.peak_bytes['disk'])}"
-        + ("" if taken.fits else "  -- DOES NOT FIT this machine"),
+        f"GPU {gibibytes(taken.peak_bytes['vram'])}, disk {gibibytes(taken.peak_bytes['disk'])}",
+        *(f"           {need}" for need in _phases(plan)),
+        f"keeps      activations on {_tier(plan.arrangement.activations, recipe.device)}",
+        *(f"           {line}" for line in _ways(plan.arrangement, recipe.device)),
     ]
+    if plan.elsewhere:
+        lines.append("elsewhere  with one worker:")
+    for name, made in plan.elsewhere.items():
+        lines.append(f"           {name}: {_elsewhere(made)}")
     return "\n".join(lines)
+
+
+def arrangement_as_text(plan: Plan) -> str:
+    """Return in one line what a run will take and how it will go about it."""
+    taken = estimate(plan)
+    return (
+        f"{plan.workers.count} worker(s), peak RAM {gibibytes(taken.peak_bytes['ram'])} of "
+        f"{gibibytes(plan.budgets.ram)}, activations on {_tier(plan.arrangement.activations, plan.recipe.device)}; "
+        + "; ".join(_ways(plan.arrangement, plan.recipe.device))
+    )
+
+
+def _budgets(plan: Plan) -> str:
+    budgets = plan.budgets
+    parts = [f"RAM {gibibytes(budgets.ram)}"]
+    if budgets.vram is not None:
+        parts.append(f"{'GPU' if plan.recipe.device == 'cuda' else 'device part of RAM'} {gibibytes(budgets.vram)}")
+    if budgets.disk is not None:
+        parts.append(f"disk {gibibytes(budgets.disk)}")
+    return ", ".join(parts)
+
+
+def _phases(plan: Plan) -> list[str]:
+    on_cpu = plan.recipe.device == "cpu"
+    return [
+        f"{name}: RAM {gibibytes(need.ram)}"
+        + ("" if on_cpu else f", GPU {gibibytes(need.device)}")
+        + (f", scratch {gibibytes(need.disk)}" if need.disk else "")
+        for name, need in plan.arrangement.phases.items()
+    ]
+
+
+def _ways(arrangement: Arrangement, device: str) -> list[str]:
+    """Return how the blocks are worked on, each way once with how many blocks it is for."""
+    counts: dict[Placement, int] = {}
+    for placement in arrangement.placements:
+        counts[placement] = counts.get(placement, 0) + 1
+    return [
+        f"{count} block(s): intermediates {placement.intermediates}"
+        + (f" to {_tier(placement.spill_to, device)}" if placement.intermediates == "spill" else "")
+        + f", statistics on {_tier(placement.statistics, device)}, "
+        + ("the next block read meanwhile" if placement.read_ahead else "no reading ahead")
+        for placement, count in counts.items()
+    ]
+
+
+def _tier(tier: str, device: str) -> str:
+    if tier == "device":
+        return "the GPU" if device == "cuda" else "RAM"
+    return {"ram": "RAM", "disk": "disk"}[tier]
+
+
+def _elsewhere(made: Arrangement | None) -> str:
+    if made is None:
+        return "does not fit"
+    gpu = f"GPU {gibibytes(made.peak.device)}, " if made.on_gpu else ""
+    device = "cuda" if made.on_gpu else "cpu"
+    scratch = f", scratch {gibibytes(made.peak.disk)}" if made.peak.disk else ""
+    ways = "; ".join(_ways(made, device))
+    return f"{gpu}RAM {gibibytes(made.peak.ram)}{scratch} (activations on {_tier(made.activations, device)}; {ways})"
 
 
 def inspection_as_text(found: Inspection) -> str:

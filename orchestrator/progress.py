@@ -9,7 +9,14 @@ from contextlib import contextmanager
 
 from billhook.orchestrator.workers import Progress
 
-_LABELS = {"start": "starting", "replay": "replaying", "prune": "pruning", "copy": "copying", "eval": "evaluating"}
+_LABELS = {
+    "plan": "plan",
+    "start": "starting",
+    "replay": "replaying",
+    "prune": "pruning",
+    "copy": "copying",
+    "eval": "evaluating",
+}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from billhook.layerworkers.errors import InputError
 
@@ -64,6 +64,21 @@ class Resources(BaseModel):
 
     workers: int | Literal["auto"] = Field("auto", description="Workers; auto: one per GPU, or per CPU core.")
     address: str | None = Field(None, description="Ray cluster to join ('auto', HOST:PORT); default: start one here.")
+    vram: ByteSize | None = Field(
+        None, description="GPU memory that a worker may use, as 20GiB; on a CPU, the part of RAM that stands for it."
+    )
+    ram: ByteSize | None = Field(None, description="Memory that all processes on a node may use together, as 16GiB.")
+    disk: ByteSize | None = Field(None, description="Disk that output and scratch may use together.")
+    scratch: str | None = Field(None, description="Folder for what memory has no room for; default: in the output.")
+    activations: Literal["auto", "device", "ram", "disk"] = Field(
+        "auto", description="Where hidden states wait between blocks."
+    )
+    intermediates: Literal["auto", "hold", "spill", "replay"] = Field(
+        "auto", description="What becomes of the insides of a block while its linears are solved."
+    )
+    statistics: Literal["auto", "device", "ram", "disk"] = Field(
+        "auto", description="Where partial sums of statistics wait for each other."
+    )
 
     @field_validator("workers")
     @classmethod
@@ -97,6 +112,13 @@ class RunOptions(TypedDict, total=False):
     trust_remote_code: bool
     workers: int | Literal["auto"]
     address: str | None
+    vram: int | str | None
+    ram: int | str | None
+    disk: int | str | None
+    scratch: str | None
+    activations: Literal["auto", "device", "ram", "disk"]
+    intermediates: Literal["auto", "hold", "spill", "replay"]
+    statistics: Literal["auto", "device", "ram", "disk"]
 
 
 def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Recipe, Resources]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.patterns import NM, parse_pattern
-from billhook.layerworkers.shards import TensorEntry, read_bytes
+from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from billhook.orchestrator.inspection import most_kept, pieces
 from billhook.orchestrator.journal import FOLDER, read_journal

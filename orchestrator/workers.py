@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from billhook.cluster.memory import PeakMemory
 from billhook.cluster.session import ray_session
-from billhook.orchestrator.model import Model
+from billhook.layerworkers.tasks import WorkerSetup
+from billhook.orchestrator.placing import store_bytes
 
 if TYPE_CHECKING:
     from billhook.cluster.pool import WorkerPool
@@ -33,19 +34,17 @@ class Workers:
 
 
 @contextmanager
-def worker_pool(
-    model: Model, workers: Workers, object_store_bytes: int, progress: Progress
-) -> Iterator[tuple[WorkerPool, PeakMemory]]:
+def worker_pool(setup: WorkerSetup, workers: Workers, progress: Progress) -> Iterator[tuple[WorkerPool, PeakMemory]]:
     """Start or join Ray and start the workers; end all of it again.
 
     Raises:
         InputError, RunError: as the session and the pool do.
     """
-    gpus = workers.count if model.device == "cuda" else 0
-    progress("start", 0, 1, f"Ray with {workers.count} {model.device} worker{'s' if workers.count > 1 else ''}")
+    gpus = workers.count if setup.device == "cuda" else 0
+    progress("start", 0, 1, f"Ray with {workers.count} {setup.device} worker{'s' if workers.count > 1 else ''}")
     cpus = workers.count * workers.threads
-    with ray_session(workers.address, cpus, gpus, object_store_bytes), PeakMemory() as memory:
+    with ray_session(workers.address, cpus, gpus, 4 * store_bytes(workers.count)), PeakMemory() as memory:
         from billhook.cluster.pool import WorkerPool  # imports ray, which must see the session's environment
 
-        with WorkerPool(model.worker_setup(workers.threads), workers.count) as pool:
+        with WorkerPool(setup, workers.count) as pool:
             yield pool, memory

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from billhook.kernels.products import matmul_by_rows, row_partitions
+from billhook.kernels.products import row_partitions
 from billhook.kernels.sweep import sweep_groups, sweep_masked
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
@@ -72,7 +72,8 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
         for first, last in row_partitions(len(error_RB), problem.partition_rows):
             squared_error_R1[first:last] += error_RB[first:last].square().sum(dim=1, keepdim=True)
         if stop < columns:
-            weight_RC[:, stop:] -= matmul_by_rows(error_RB, factor_CC[start:stop, stop:], problem.partition_rows)
+            for first, last in row_partitions(len(error_RB), problem.partition_rows):
+                weight_RC[first:last, stop:] -= error_RB[first:last] @ factor_CC[start:stop, stop:]
     return Solution(weight_RC, removed, partition_sums(squared_error_R1 / 2, problem.partition_rows), energy)
 
 

@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from billhook.cluster import exchange
-from billhook.cluster.exchange import Mailbox, RayCollective
+from billhook.cluster.exchange import RayCollective
+from billhook.cluster.mailbox import Mailbox
 from billhook.layerworkers.collective import all_gather, broadcast, gather_to
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from billhook.layerworkers.lockstep import run_lockstep, run_plain
+from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
+from billhook.layerworkers.scratch import DiskParking
 from billhook.layerworkers.skeleton import Arguments, Skeleton
 from billhook.orchestrator.model import open_model
 
@@ -39,7 +40,9 @@ def test_lockstep_outputs_have_the_bits_of_the_plain_forward(make_model: Any, fa
     plain, lockstep = list(states), list(states)
     run_plain(block, plain, arguments)
     seen: list[tuple[tuple[str, ...], list[torch.Size]]] = []
-    run_lockstep(block, groups, lockstep, arguments, lambda g, x: seen.append((g, [t.shape for t in x])))
+    run_lockstep(
+        block, groups, lockstep, arguments, lambda g, arriving: seen.append((g, [x.shape for _, x in arriving]))
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, lockstep, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(plain, states, strict=True))
     assert len(groups) >= 3
@@ -59,8 +62,8 @@ def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> Non
     )
     inputs: dict[str, list[torch.Tensor]] = {}
 
-    def halve(group: tuple[str, ...], x: list[torch.Tensor]) -> None:
-        inputs[group[0]] = [each.clone() for each in x]
+    def halve(group: tuple[str, ...], arriving: Arriving) -> None:
+        inputs[group[0]] = [x.clone() for _, x in arriving]
         for name in group:
             block.get_submodule(name).weight.data.mul_(0.5)
 
@@ -73,17 +76,80 @@ def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> Non
         assert torch.equal(inputs["self_attn.q_proj"][0], block.input_layernorm(states[0]))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
+@pytest.mark.parametrize("keep", ["replay", "spill"])
+def test_what_waits_elsewhere_or_is_computed_again_has_the_same_bits(
+    make_model: Any, family: str, keep: str, tmp_path: Path
+) -> None:
+    results = []
+    for way in ("hold", keep):
+        skeleton, states, arguments = loaded(make_model(family, **({"head_dim": 16} if family == "gemma2" else {})), 1)
+        block: Any = skeleton.blocks[1]
+        seen: list[torch.Tensor] = []
+
+        def halve(
+            group: tuple[str, ...],
+            arriving: Arriving,
+            seen: list[torch.Tensor] = seen,
+            block: Any = block,
+        ) -> None:
+            seen += [x.clone() for _, x in arriving]
+            for name in group:
+                block.get_submodule(name).weight.data.mul_(0.5)
+
+        given = list(states)
+        run_lockstep(block, skeleton.facts(1).input_groups, given, arguments, halve, way, DiskParking(str(tmp_path)))
+        results.append([*given, *seen])
+    assert len(results[0]) > 3 * 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_spilling_gives_up_the_memory_of_all_that_waits(llama: Path, tmp_path: Path) -> None:
+    skeleton, states, arguments = loaded(llama, 0)
+    parking = DiskParking(str(tmp_path))
+    held: list[int] = []
+
+    def measure(group: tuple[str, ...], arriving: Arriving) -> None:
+        last: list[torch.Tensor] = []
+        for _, x in arriving:
+            held.extend(each.untyped_storage().nbytes() for each in last)
+            last = [x]
+
+    run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, list(states), arguments, measure, "spill", parking)
+    assert held == [0] * 8
+    # At each stop: the input of the linears, and the residual with what attention made, or with the gate's output.
+    assert parking.size_bytes >= 3 * 2 * 4096
+
+
+def test_observing_changes_nothing_and_sees_what_the_plain_forward_gives(llama: Path) -> None:
+    skeleton, states, arguments = loaded(llama, 0)
+    block, groups = skeleton.blocks[0], skeleton.facts(0).input_groups
+    observed: dict[tuple[str, ...], list[torch.Tensor]] = {group: [] for group in groups}
+    given = list(states)
+    run_observed(block, groups, given, arguments, lambda position, group, x: observed[group].append(x.clone()))
+    assert all(a is b for a, b in zip(given, states, strict=True))
+    paused: dict[tuple[str, ...], list[torch.Tensor]] = {}
+
+    def note(group: tuple[str, ...], arriving: Arriving) -> None:
+        paused[group] = [x.clone() for _, x in arriving]
+
+    run_lockstep(block, groups, given, arguments, note)
+    for group in groups:
+        assert all(torch.equal(a, b) for a, b in zip(observed[group], paused[group], strict=True))
+
+
 def test_a_worker_without_samples_still_meets_every_group(llama: Path) -> None:
     skeleton, _, _ = loaded(llama, 0)
     seen: list[int] = []
-    run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, [], None, lambda g, x: seen.append(len(x)))
+    run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, [], None, lambda g, x: seen.append(len(list(x))))
     assert seen == [0, 0, 0, 0]
 
 
 def test_a_failure_in_the_solver_leaves_no_hook_behind(llama: Path) -> None:
     skeleton, states, arguments = loaded(llama, 0)
 
-    def fail(group: tuple[str, ...], x: list[torch.Tensor]) -> None:
+    def fail(group: tuple[str, ...], arriving: Arriving) -> None:
+        next(arriving)
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

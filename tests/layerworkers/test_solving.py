@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.solving import Solved, solve_group
-from billhook.layerworkers.tasks import BlockTask, LinearTask
+from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
+from billhook.layerworkers.solving import solve_group
+from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 
 SAMPLES = 22  # six partitions of four, the last one short
 
@@ -28,7 +33,42 @@ def problem(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[torch.Ten
     return weights, [(torch.randn(1, 12, 64) @ mixing).bfloat16() for _ in range(SAMPLES)]
 
 
-def solved_by(workers: int, run_group: Any, method: str, pattern: Pattern, dtype: torch.dtype) -> list[list[Solved]]:
+@dataclass(frozen=True)
+class Solved:
+    """A pruned linear."""
+
+    weight: torch.Tensor
+    report: LinearReport
+
+
+def solved(
+    weights: dict[str, torch.Tensor],
+    numbered: list[tuple[int, torch.Tensor]],
+    task: BlockTask,
+    group: Any,
+    parking: Parking | None = None,
+) -> list[Solved]:
+    """What one worker of the group has in the end, given the numbered inputs of its samples."""
+    statistic = METHODS[task.linears[0].method].statistic
+    nodes = []
+    if statistic is not None:
+        accumulator = Accumulator(statistic, 64, task.partition_samples, torch.device("cpu"), parking)
+        for number, x in numbered:
+            accumulator.add(number, x)
+        nodes = accumulator.nodes(park=parking is not None)
+    own = {name: weight.clone() for name, weight in weights.items()}
+    reports = solve_group(task.linears, own, nodes, task, group, torch.device("cpu"))
+    return [Solved(own[report.name], report) for report in reports]
+
+
+def solved_by(
+    workers: int,
+    run_group: Any,
+    method: str,
+    pattern: Pattern,
+    dtype: torch.dtype,
+    parking: Callable[[], Parking | None] = lambda: None,
+) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
     table = METHODS[method]
     tasks = [LinearTask(name, name, pattern, method, table.options()) for name in weights]
@@ -38,7 +78,7 @@ def solved_by(workers: int, run_group: Any, method: str, pattern: Pattern, dtype
 
     def work(group: Any) -> list[Solved]:
         start, stop = even_ranges(partitions, group.size)[group.rank]
-        return solve_group(tasks, weights, numbered[start * 4 : stop * 4], task, group, torch.device("cpu"))
+        return solved(weights, numbered[start * 4 : stop * 4], task, group, parking())
 
     results: list[list[Solved]] = run_group(workers, work)
     return results
@@ -55,14 +95,29 @@ def test_any_number_of_workers_gives_the_same_bytes(
     (reference,) = solved_by(1, run_group, method, pattern, torch.bfloat16)
     for workers in (2, 3, 5):
         for each in solved_by(workers, run_group, method, pattern, torch.bfloat16):
-            assert [solved.report for solved in each] == [solved.report for solved in reference]
+            assert [one.report for one in each] == [other.report for other in reference]
             for one, other in zip(each, reference, strict=True):
                 assert torch.equal(one.weight.view(torch.int16), other.weight.view(torch.int16))
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_parked_statistics_give_the_same_bytes(
+    run_group: Any, method: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = Unstructured(Fraction(1, 2))
+    (reference,) = solved_by(1, run_group, method, pattern, torch.bfloat16)
+    monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 1000)  # several bands in every tensor
+    for parking in (MemoryParking, lambda: DiskParking(str(tmp_path))):
+        for each in solved_by(workers, run_group, method, pattern, torch.bfloat16, parking):
+            assert [one.report for one in each] == [other.report for other in reference]
+            assert all(torch.equal(one.weight, other.weight) for one, other in zip(each, reference, strict=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_zeros_are_positive_and_counted_as_written(run_group: Any) -> None:
-    (solved,) = solved_by(1, run_group, "wanda", NM(2, 4), torch.float16)
-    for each in solved:
+    (results,) = solved_by(1, run_group, "wanda", NM(2, 4), torch.float16)
+    for each in results:
         zero = each.weight == 0
         assert not (zero & torch.signbit(each.weight)).any()
         assert each.report.zeros == int(zero.sum()) == each.report.removed == each.weight.numel() // 2
@@ -77,8 +132,8 @@ def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, met
     tasks = [LinearTask(name, name, NM(2, 4), method, table.options()) for name in dense]
     task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6 if table.statistic else 0, 16)
     numbered = list(enumerate(inputs))
-    (solved,) = run_group(1, lambda group: solve_group(tasks, dense, numbered, task, group, torch.device("cpu")))
-    for each in solved:
+    (results,) = run_group(1, lambda group: solved(dense, numbered, task, group))
+    for each in results:
         kept = each.weight != 0
         assert torch.equal(each.weight[kept], dense[each.report.name][kept])
 
@@ -86,6 +141,6 @@ def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, met
 @pytest.mark.parametrize("method", list(METHODS))
 def test_nothing_asked_is_nothing_changed(run_group: Any, method: str) -> None:
     weights, _ = problem(torch.bfloat16)
-    (solved,) = solved_by(1, run_group, method, Unstructured(Fraction(0)), torch.bfloat16)
-    for each in solved:
+    (results,) = solved_by(1, run_group, method, Unstructured(Fraction(0)), torch.bfloat16)
+    for each in results:
         assert torch.equal(each.weight, weights[each.report.name])

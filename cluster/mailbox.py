@@ -1,0 +1,53 @@
+"""The actor that all workers of a pool meet at; it imports no torch, so that its process stays small."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any
+
+import ray
+
+Message = Any
+"""What workers send each other: the mailbox does not look inside."""
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Holds each exchange's messages until all ranks of its group have posted theirs; counts who has synced what."""
+
+    def __init__(self) -> None:
+        self._exchanges: dict[Any, _Exchange] = defaultdict(_Exchange)
+        self._synced: dict[int, int] = defaultdict(int)
+        self._more_synced = asyncio.Condition()
+
+    async def synced(self, block: int) -> None:
+        """Note that one more worker has its share of ``block`` on the disk."""
+        async with self._more_synced:
+            self._synced[block] += 1
+            self._more_synced.notify_all()
+
+    async def all_synced(self, block: int, size: int) -> None:
+        """Return once ``size`` workers have their share of ``block`` on the disk."""
+        async with self._more_synced:
+            await self._more_synced.wait_for(lambda: self._synced[block] >= size)
+            del self._synced[block]
+
+    async def exchange(self, key: Any, rank: int, size: int, outgoing: dict[int, Message]) -> dict[int, Message]:
+        """Post ``outgoing`` (by receiving rank); return the messages to ``rank`` once all have posted."""
+        exchange = self._exchanges[key]
+        exchange.posted[rank] = outgoing
+        if len(exchange.posted) == size:
+            exchange.complete.set()
+        await exchange.complete.wait()
+        exchange.collected += 1
+        if exchange.collected == size:
+            del self._exchanges[key]
+        return {sender: exchange.posted[sender][rank] for sender in range(size) if rank in exchange.posted[sender]}
+
+
+class _Exchange:
+    def __init__(self) -> None:
+        self.posted: dict[int, dict[int, Message]] = {}
+        self.complete = asyncio.Event()
+        self.collected = 0
