@@ -3,8 +3,8 @@
     python benchmarks/fidelity.py --calibration wikitext2-valid.txt --text wikitext2-raw-test.txt
 
 Protocol: 32 samples of 512 tokens of the calibration text (WikiText-2 validation, tokenised release), bfloat16, each
-method's own --fit; perplexity of the first 32 windows of 1024 tokens of the test text (WikiText-2 raw test). A row is the
-median over the seeds of the calibration draw. A row that is more than 2 % worse than the reference is marked.
+method's own --fit; perplexity of the first 32 windows of 1024 tokens of the test text (WikiText-2 raw test). A row is
+the median over the seeds of the calibration draw. A row that is more than 2 % worse than the reference is marked.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ mailbox sees their references only.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import ray
 from torch.utils._pytree import tree_map
 
+from billhook.cluster.mailbox import Envelope
 from billhook.layerworkers.collective import Message
 
 PIECE_BYTES = 16 << 20
@@ -25,9 +27,11 @@ INLINE_BYTES = 32 << 10
 
 @dataclass(frozen=True)
 class _Parcel:
-    """An array that travels as objects of its own."""
+    """Stands for an array that travels as objects of its own."""
 
-    pieces: list[Any]
+    first: int
+    """Place of its first piece among the pieces of the message."""
+    pieces: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
@@ -65,31 +69,43 @@ class RayCollective:
         if self.size == 1:
             return own
         self._exchanges += 1
-        packed: dict[int, Message] = {}
-        by_identity: dict[int, Message] = {}  # a message to several ranks is put into the store once
+        posted: dict[int, Envelope] = {}
+        by_identity: dict[int, Envelope] = {}  # a message to several ranks is put into the store once
         for rank, message in outgoing.items():
             if rank != self.rank:
                 if id(message) not in by_identity:
-                    by_identity[id(message)] = tree_map(_pack, message)
-                packed[rank] = by_identity[id(message)]
+                    by_identity[id(message)] = _pack(message)
+                posted[rank] = by_identity[id(message)]
         key = (self._members, self._exchanges)
-        received = ray.get(self._mailbox.exchange.remote(key, self.rank, self.size, packed))
-        everything = {rank: tree_map(_unpack, message) for rank, message in received.items()} | own
+        received = ray.get(self._mailbox.exchange.remote(key, self.rank, self.size, posted))
+        everything = {rank: _unpack(envelope) for rank, envelope in received.items()} | own
         return dict(sorted(everything.items()))
 
 
-def _pack(leaf: Any) -> Any:
-    if not isinstance(leaf, np.ndarray) or leaf.nbytes <= INLINE_BYTES:
-        return leaf
-    flat = np.ascontiguousarray(leaf).reshape(-1)
-    step = max(1, PIECE_BYTES // flat.itemsize)
-    pieces = [ray.put(flat[start : start + step]) for start in range(0, flat.size, step)]
-    return _Parcel(pieces, leaf.dtype, leaf.shape)
+def _pack(message: Message) -> Envelope:
+    """Put the message's large arrays into the store; pickle the rest, so that the mailbox need not understand it."""
+    references: list[Any] = []
+
+    def pack(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray) or leaf.nbytes <= INLINE_BYTES:
+            return leaf
+        flat = np.ascontiguousarray(leaf).reshape(-1)
+        step = max(1, PIECE_BYTES // flat.itemsize)
+        first = len(references)
+        references.extend(ray.put(flat[start : start + step]) for start in range(0, flat.size, step))
+        return _Parcel(first, len(references) - first, leaf.dtype, leaf.shape)
+
+    return pickle.dumps(tree_map(pack, message)), references
 
 
-def _unpack(leaf: Any) -> Any:
-    if not isinstance(leaf, _Parcel):
-        return leaf
-    arrays = ray.get(leaf.pieces)
-    flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return flat.reshape(leaf.shape)
+def _unpack(envelope: Envelope) -> Message:
+    body, references = envelope
+
+    def unpack(leaf: Any) -> Any:
+        if not isinstance(leaf, _Parcel):
+            return leaf
+        arrays = ray.get(references[leaf.first : leaf.first + leaf.pieces])
+        flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return flat.reshape(leaf.shape)
+
+    return tree_map(unpack, pickle.loads(body))

@@ -1,4 +1,4 @@
-"""The actor that all workers of a pool meet at; it imports no torch, so that its process stays small."""
+"""The actor that all workers of a pool meet at: it imports neither torch nor numpy, so its process stays small."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import ray
 
-Message = Any
-"""What workers send each other: the mailbox does not look inside."""
+Envelope = tuple[bytes, list[Any]]
+"""A message that only its receiver opens, and references to the objects in Ray's store that belong to it."""
 
 
 @ray.remote(num_cpus=0)
@@ -33,7 +33,7 @@ class Mailbox:
             await self._more_synced.wait_for(lambda: self._synced[block] >= size)
             del self._synced[block]
 
-    async def exchange(self, key: Any, rank: int, size: int, outgoing: dict[int, Message]) -> dict[int, Message]:
+    async def exchange(self, key: Any, rank: int, size: int, outgoing: dict[int, Envelope]) -> dict[int, Envelope]:
         """Post ``outgoing`` (by receiving rank); return the messages to ``rank`` once all have posted."""
         exchange = self._exchanges[key]
         exchange.posted[rank] = outgoing
@@ -48,6 +48,6 @@ class Mailbox:
 
 class _Exchange:
     def __init__(self) -> None:
-        self.posted: dict[int, dict[int, Message]] = {}
+        self.posted: dict[int, dict[int, Envelope]] = {}
         self.complete = asyncio.Event()
         self.collected = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +78,12 @@ def write_from(descriptor: int, view: memoryview, start_bytes: int, name: str) -
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], start_bytes + done)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            facts = os.fstatvfs(descriptor)
+            raise RunError(
+                f"{name}: the disk is full: {len(view) - done} bytes did not fit, {facts.f_bavail * facts.f_frsize} "
+                "are free; make room and resume with the same command"
+            ) from error
         raise RunError(f"{name}: write failed: {error.strerror}; resume with the same command once mended") from error
 
 

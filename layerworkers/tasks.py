@@ -128,6 +128,8 @@ class BlockReport:
 
     index: int
     linears: tuple[LinearReport, ...]
+    began: float = 0.0
+    """Seconds since the epoch."""
     seconds: float = 0.0
     """Of the slowest worker, from the call to the last result; writing may go on."""
     waited_seconds: float = 0.0

@@ -99,7 +99,7 @@ class BlockWorker:
             InputError: when a weight is NaN or infinite: the tensor is named.
             RunError: when a solve or the disk fails.
         """
-        begin, waited = time.monotonic(), self._waited_seconds()
+        began, begin, waited = time.time(), time.monotonic(), self._waited_seconds()
         disk = self._load(task.tensors)
         if task.placement.read_ahead:
             self._reader.begin(task.next_tensors)
@@ -132,6 +132,7 @@ class BlockWorker:
         return BlockReport(
             task.index,
             tuple(reports[linear.disk_name] for linear in task.linears),
+            began,
             time.monotonic() - begin,
             self._waited_seconds() - waited,
         )

@@ -19,6 +19,7 @@ import typer
 from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
+from billhook.layerworkers.allocator import return_freed_memory
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
 
@@ -40,6 +41,7 @@ def main() -> None:
     """Run the command line; see ``docs/cli.md`` for the exit codes."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    return_freed_memory()
     app()
 
 
@@ -254,6 +256,9 @@ def eval_command(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads per worker.")] = 1,
     workers: Annotated[str, typer.Option(metavar="N|auto", help="Workers.")] = "auto",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start one here.")] = None,
+    vram: Annotated[str | None, typer.Option(metavar="SIZE", help="GPU memory that a worker may use.")] = None,
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of all processes on a node together.")] = None,
+    scratch: Annotated[str | None, typer.Option(help="Folder for what memory has no room for.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -275,6 +280,9 @@ def eval_command(
             threads=threads,
             workers=_given({"workers": workers})["workers"],
             address=address,
+            vram=vram,
+            ram=ram,
+            scratch=scratch,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -153,7 +153,12 @@ def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) ->
             tasks = (plan.task(block.index, output) for block in blocks if block.index not in committed)
             for done in pool.prune_blocks(tasks):
                 append(output, "block", {"index": done.index, "linears": [dataclasses.asdict(r) for r in done.linears]})
-                timed = {"seconds": done.seconds, "waited_seconds": done.waited_seconds, "ram": memory.peak_bytes}
+                timed = {
+                    "began": done.began,
+                    "seconds": done.seconds,
+                    "waited_seconds": done.waited_seconds,
+                    "ram": memory.peak_bytes,
+                }
                 _event(output, {"event": "block", "index": done.index, **timed})
                 report("prune", done.index + 1, total, _describe(done))
             scratch = pool.scratch_bytes()

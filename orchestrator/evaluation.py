@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.patterns import parse_pattern
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import Sample
+from billhook.layerworkers.worker import HEAD_SLICE_BYTES
+from billhook.orchestrator.budgets import resolve_budgets
 from billhook.orchestrator.calibration import (
     CHARACTERS_PER_TOKEN,
     check_vocabulary,
@@ -19,8 +26,11 @@ from billhook.orchestrator.calibration import (
     load_tokenizer,
     read_text,
 )
-from billhook.orchestrator.model import check_gpus, open_model, resolve_workers
-from billhook.orchestrator.planning import check_context
+from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
+from billhook.orchestrator.placing import Arrangement, Job, Need, arrange
+from billhook.orchestrator.planning import block_work, check_context
+from billhook.orchestrator.probe import measured_rates
+from billhook.orchestrator.recipe import RunOptions, read_options
 from billhook.orchestrator.workers import Progress, Workers, no_progress, worker_pool
 
 
@@ -51,16 +61,20 @@ def evaluate(
     threads: int = 1,
     workers: int | Literal["auto"] = "auto",
     address: str | None = None,
+    vram: int | str | None = None,
+    ram: int | str | None = None,
+    scratch: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compute the perplexity of ``checkpoint`` on the first ``windows`` non-overlapping windows of a text.
 
     text: a text file, JSONL file or Hugging Face dataset. seqlen: tokens of a window, default min(2048, context).
-    windows: default all that the text has.
+    windows: default all that the text has. vram, ram: budgets as of ``prune``. scratch: folder for hidden states that
+    they have no room for, default the system's for temporary files.
 
     Raises:
-        InputError: the request or the input is wrong.
+        InputError: the request or the input is wrong, or does not fit the budgets.
         RunError: a worker failed.
     """
     begin = time.monotonic()
@@ -77,20 +91,22 @@ def evaluate(
     content = read_text(str(text), field, windows * length * CHARACTERS_PER_TOKEN if windows else None)
     cut = evaluation_windows(tokenizer, content, length, windows, bos, str(text))
     samples = [Sample(index, tokens) for index, tokens in enumerate(cut.tokens)]
-    count = resolve_workers(workers, model.device, threads, len(samples))
-    check_gpus(count, model.device, address)
-    blocks = model.layout.blocks
+    most = resolve_workers(workers, model.device, threads, len(samples))
+    check_gpus(most, model.device, address)
     check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
+    arrangement = _arrange(model, len(samples), length, {"workers": workers, "vram": vram, "ram": ram}, most)
     report = progress or no_progress
-    with worker_pool(model.worker_setup(threads), Workers(count, threads, address), report) as (pool, memory):
+    count, blocks = arrangement.workers, model.layout.blocks
+    setup = model.worker_setup(threads, arrangement.activations, scratch or tempfile.gettempdir())
+    with worker_pool(setup, Workers(count, threads, address), report) as (pool, memory):
         shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
         pool.start(model.layout.stem, shares)
         for block in blocks:
-            later = blocks[block.index + 1 : block.index + 2]
+            later = blocks[block.index + 1 : block.index + 2] if arrangement.placements[block.index].read_ahead else ()
             pool.forward_block(block.index, block.tensors, later[0].tensors if later else ())
             report("eval", block.index + 1, len(blocks), "")
         losses = pool.losses()
-        vram = pool.peak_vram_bytes()
+        vram_peak, scratch_bytes = pool.peak_vram_bytes(), pool.scratch_bytes()
     mean = math.fsum(loss.nats for loss in losses) / len(losses)
     return Evaluation(
         math.exp(mean) if mean < 700 else math.inf,
@@ -98,5 +114,30 @@ def evaluate(
         sum(loss.targets for loss in losses),
         length,
         time.monotonic() - begin,
-        {"vram": vram, "ram": memory.peak_bytes, "disk": 0},
+        {"vram": vram_peak, "ram": memory.peak_bytes, "disk": scratch_bytes},
+    )
+
+
+def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, workers: int) -> Arrangement:
+    """Choose where hidden states are kept and whether blocks are read ahead: a run that prunes nothing."""
+    computed = {"method": "magnitude", "device": model.device, "dtype": model.dtype}
+    sized = {"samples": windows, "seqlen": seqlen, "partition_samples": 1}
+    recipe, resources = read_options(None, cast(RunOptions, {**computed, **sized, **limits}))
+    method = METHODS["magnitude"]
+    job = Job(recipe, method, method.options(), parse_pattern("unstructured", 0.0), windows)
+    own = own_bytes(os.getpid())
+    entry = model.layout.stem.head
+    vocabulary = entry.shape[0]
+    # The logits, whether each is finite, a slice of the head in both dtypes, and 128 targets' logits in float32, twice.
+    logits = 3 * seqlen * vocabulary + 2 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 8 * 128 * vocabulary
+    return arrange(
+        job,
+        block_work(model, tuple(() for _ in model.layout.blocks), seqlen),
+        resolve_budgets(resources.vram, resources.ram, None, model.device, None),
+        measured_rates(model),
+        range(workers, 0, -1) if resources.workers == "auto" else [workers],
+        own,
+        dict.fromkeys(("activations", "intermediates", "statistics"), "auto"),
+        0,
+        Need(logits, 0, 0),
     )

@@ -28,17 +28,22 @@ from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.probe import Rates
 from billhook.orchestrator.recipe import Recipe
 
-RAY_BYTES = 310 << 20
+RAY_BYTES = 390 << 20
 """Memory of Ray's own processes on one node, and of the mailbox."""
 
-SHARED_BYTES = 60 << 20
-"""Pages of libraries that the processes of a run share."""
+DRIVER_BYTES = 70 << 20
+"""What the driver needs beyond what it has of its own when it plans: its connection to Ray, its share of libraries."""
 
-DRIVER_BYTES = 30 << 20
-"""What the driver needs beyond the libraries that it has imported when it plans."""
+WORKER_BYTES = 130 << 20
+"""The same of a worker, with compiled loops and the work space of BLAS."""
 
-WORKER_BYTES = 60 << 20
-"""What a worker needs beyond the same libraries: its connection to Ray, compiled loops, work space of BLAS."""
+
+MIN_STORE_BYTES = 80 << 20
+"""Smallest object store that Ray starts with."""
+
+
+RAM_TRUST = 0.97
+"""Share of the RAM budget that is planned with: what processes take is not known to the last page."""
 
 
 class DoesNotFitError(InputError):
@@ -129,12 +134,12 @@ def processes_bytes(workers: int, own: int) -> int:
 
     own: what a process has that has imported the same libraries, such as this one.
     """
-    return RAY_BYTES + SHARED_BYTES + DRIVER_BYTES + own + workers * (own + WORKER_BYTES)
+    return RAY_BYTES + DRIVER_BYTES + own + workers * (own + WORKER_BYTES)
 
 
 def store_bytes(workers: int) -> int:
-    """Return what Ray's object store takes: the bands of tensors that are under way between workers."""
-    return 0 if workers == 1 else 2 * workers * BAND_BYTES
+    """Return the size of Ray's object store, all of which is in use sooner or later where there are several workers."""
+    return 0 if workers == 1 else max(MIN_STORE_BYTES, 3 * workers * BAND_BYTES)
 
 
 def arrange(
@@ -146,10 +151,12 @@ def arrange(
     own_bytes: int,
     wanted: Mapping[str, str],
     output_bytes: int,
+    head: Need | None = None,
 ) -> Arrangement:
     """Return the fastest way of working that the budgets allow.
 
-    worker_counts: those allowed, the best first. wanted: tiers that the user fixed, by option.
+    worker_counts: those allowed, the best first. wanted: tiers that the user fixed, by option. head: what each worker
+    needs after the blocks, beside its activations.
 
     Raises:
         DoesNotFitError: when none is: the smallest budget that would do is named.
@@ -158,7 +165,7 @@ def arrange(
     for workers in worker_counts:
         best: Arrangement | None = None
         for activations in _tiers(wanted["activations"], job):
-            made = _arrange_with(job, blocks, budgets, rates, workers, activations, own_bytes, wanted, smallest)
+            made = _arrange_with(job, blocks, budgets, rates, workers, activations, own_bytes, wanted, smallest, head)
             if made is not None and (best is None or made.extra_seconds < best.extra_seconds):
                 best = made
         if best is not None and (budgets.disk is None or best.peak.disk + output_bytes <= budgets.disk):
@@ -178,7 +185,9 @@ def _misfit(budgets: Budgets, smallest: Mapping[str, int], output_bytes: int, jo
         )
     # What fails for RAM alone fits the device: so RAM it is, where both fail.
     option = "ram" if "ram" in smallest else "vram"
-    enough = -(-smallest[option] // 2**20) * 2**20
+    # Rounded up: the size of our own processes differs a little from one command to the next.
+    margin = 1.01 / RAM_TRUST if option == "ram" else 1.01
+    enough = -(-int(margin * smallest[option]) // 2**26) * 2**26
     budget = budgets.ram if option == "ram" else budgets.vram or 0
     return DoesNotFitError(
         f"--{option} {_gib(budget)}: too small for the largest phase of the largest block, whatever else is kept on "
@@ -198,6 +207,7 @@ def _arrange_with(
     own_bytes: int,
     wanted: Mapping[str, str],
     smallest: dict[str, int],
+    head: Need | None,
 ) -> Arrangement | None:
     """Choose each block's placement, given where the activations are; None where a block has none that fits."""
     fixed = processes_bytes(workers, own_bytes) + store_bytes(workers)
@@ -216,10 +226,13 @@ def _arrange_with(
             options = []
             for placement in _placements(job, wanted):
                 by_phase = dict(_phases(job, facts, placement, workers, activations))
+                if head is not None:
+                    hidden = facts.footprint.hidden_bytes * -(-job.samples // workers)
+                    by_phase["head"] = [_at(activations, hidden) + head] * workers
                 need = _node(by_phase, fixed, on_cpu)
                 if budgets.vram is not None and need.device > budgets.vram:
                     smallest["vram"] = min(smallest.get("vram", need.device), need.device)
-                elif need.ram > budgets.ram:
+                elif need.ram > RAM_TRUST * budgets.ram:
                     smallest["ram"] = min(smallest.get("ram", need.ram), need.ram)
                 else:
                     options.append((placement, by_phase, _extra_seconds(job, facts, placement, workers, rates)))

@@ -156,6 +156,7 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources, output: P
     most = resolve_workers(resources.workers, opened.device, recipe.threads, useful)
     check_gpus(most, opened.device, resources.address)
     budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, opened.device, output)
+    own = own_bytes(os.getpid())  # before the probe: a worker starts without its traces
     rates = measured_rates(opened)
     work = block_work(opened, chosen, seqlen)
     counts = range(most, 0, -1) if resources.workers == "auto" else [most]
@@ -164,7 +165,7 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources, output: P
     misfit, within = None, budgets
     while True:
         try:
-            arrangement = arrange(job, work, within, rates, counts, own_bytes(os.getpid()), tiers, size)
+            arrangement = arrange(job, work, within, rates, counts, own, tiers, size)
             break
         except DoesNotFitError as error:
             if output is not None:
@@ -184,12 +185,12 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources, output: P
         rates,
         arrangement,
         resources.scratch,
-        _elsewhere(job, work, size) if output is None else {},
+        _elsewhere(job, work, size, own) if output is None else {},
         misfit,
     )
 
 
-def _elsewhere(job: Job, work: list[BlockWork], size: int) -> dict[str, Arrangement | None]:
+def _elsewhere(job: Job, work: list[BlockWork], size: int, own: int) -> dict[str, Arrangement | None]:
     """Return how one worker would go about it on machines of other kinds, each with as much RAM as it takes."""
     on_gpu = job.recipe.model_copy(
         update={
@@ -208,9 +209,7 @@ def _elsewhere(job: Job, work: list[BlockWork], size: int) -> dict[str, Arrangem
         vram = None if gpu_bytes is None else int(VRAM_SHARE * gpu_bytes)
         rates = CPU_CORE if gpu_bytes is None else GPU
         try:
-            found[name] = arrange(
-                one, work, Budgets(vram, plenty, None), rates, [1], own_bytes(os.getpid()), tiers, size
-            )
+            found[name] = arrange(one, work, Budgets(vram, plenty, None), rates, [1], own, tiers, size)
         except InputError:
             found[name] = None
     return found

@@ -43,7 +43,7 @@ def worker_pool(setup: WorkerSetup, workers: Workers, progress: Progress) -> Ite
     gpus = workers.count if setup.device == "cuda" else 0
     progress("start", 0, 1, f"Ray with {workers.count} {setup.device} worker{'s' if workers.count > 1 else ''}")
     cpus = workers.count * workers.threads
-    with ray_session(workers.address, cpus, gpus, 4 * store_bytes(workers.count)), PeakMemory() as memory:
+    with ray_session(workers.address, cpus, gpus, store_bytes(workers.count)), PeakMemory() as memory:
         from billhook.cluster.pool import WorkerPool  # imports ray, which must see the session's environment
 
         with WorkerPool(setup, workers.count) as pool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,74 @@ def test_one_two_and_three_workers_give_the_same_bytes(
     found = verify(tmp_path / "1")
     assert found.ok, found.problems
     assert found.against == str(llama)
+
+
+TIERS: list[dict[str, Any]] = [
+    {"activations": "disk", "intermediates": "spill", "statistics": "disk"},
+    {"activations": "ram", "intermediates": "replay", "statistics": "ram"},
+]
+
+
+@pytest.mark.parametrize(("method", "fit"), [("sparsegpt", "lockstep"), ("admm", "dense-block")])
+def test_where_things_are_kept_changes_no_byte(
+    llama: Path, text_file: Path, tmp_path: Path, method: str, fit: Any
+) -> None:
+    options: dict[str, Any] = {"method": method, "fit": fit, "calibration": str(text_file), **CALIBRATION}
+    reference = contents(prune(llama, tmp_path / "held", workers=1, **options).output)
+    for number, tiers in enumerate(TIERS):
+        kept = {**tiers, "intermediates": "replay"} if fit == "dense-block" else tiers
+        result = prune(llama, tmp_path / str(number), workers=2, scratch=str(tmp_path / "scratch"), **kept, **options)
+        assert contents(result.output) == reference
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": str(text_file), **CALIBRATION}
+    with pytest.raises(InputError, match=r"--ram 0\.10GiB: too small .* works is --ram"):
+        prune(llama, tmp_path / "out", ram="100MiB", **options)
+    with pytest.raises(InputError, match=r"--disk 0\.00GiB: output and scratch need --disk"):
+        prune(llama, tmp_path / "out", disk="1KiB", **options)
+    with pytest.raises(InputError, match="--vram"):
+        prune(llama, tmp_path / "out", vram="1KiB", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="no mount namespaces here",
+)
+def test_a_disk_that_fills_up_is_said_with_figures_and_the_run_goes_on_once_there_is_room(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    whole = prune(llama, tmp_path / "whole", calibration=str(text_file), workers=1, **CALIBRATION).output
+    size_kib = sum(path.stat().st_size for path in llama.glob("*.safetensors")) // 1024
+    numbers = [f"--{key.replace('_', '-')}={value}" for key, value in CALIBRATION.items()]
+    command = [sys.executable, "-m", "billhook.orchestrator", "prune", str(llama), "-o", f"{tmp_path}/disk/out"]
+    command += [*numbers, "--calibration", str(text_file), "--workers=1", "--disk=1GiB"]
+    script = f"""
+        mkdir disk && mount -t tmpfs -o size={size_kib // 2}k none disk
+        {shlex.join(command)}; echo $?; ls disk/out
+        mount -o remount,size={4 * size_kib}k disk
+        {shlex.join(command)}; echo $?; cp -r disk/out .
+    """
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    first, *listed, second = done.stdout.split()
+    assert (first, second) == ("1", "0"), done.stderr
+    assert "the disk is full" in done.stderr
+    assert "bytes did not fit" in done.stderr
+    assert any(name.endswith(".part") for name in listed)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_planned_and_measured_memory_agree(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    result = prune(llama, tmp_path / "out", calibration=str(text_file), workers=1, **CALIBRATION)
+    assert result.peak_bytes["disk"] <= 1.05 * result.planned_bytes["disk"]
 
 
 def test_the_output_loads_in_transformers_and_computes_what_we_compute(
