@@ -67,8 +67,10 @@ CASES = {
     "wanda lockstep": Case(small(8), "wanda", "unstructured", 32, ("--fit", "lockstep")),
     "8B wanda in 3 GiB": Case(LLAMA_8B, "wanda", "2:4", 8, ("--ram", "3GiB")),
     "8B sparsegpt in 5 GiB": Case(LLAMA_8B, "sparsegpt", "unstructured", 8, ("--ram", "5GiB")),
-    "70B wanda": Case(LLAMA_70B_TWO_BLOCKS, "wanda", "2:4", 4, ("--ram", "20GiB", "--workers", "1")),
-    "70B sparsegpt": Case(LLAMA_70B_TWO_BLOCKS, "sparsegpt", "unstructured", 4, ("--ram", "20GiB", "--workers", "1")),
+    "70B wanda": Case(LLAMA_70B_TWO_BLOCKS, "wanda", "2:4", 4, ("--ram", "20GiB", "--workers", "1", "--threads", "2")),
+    "70B sparsegpt": Case(
+        LLAMA_70B_TWO_BLOCKS, "sparsegpt", "unstructured", 4, ("--ram", "20GiB", "--workers", "1", "--threads", "2")
+    ),
 }
 
 

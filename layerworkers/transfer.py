@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -26,8 +26,10 @@ class BlockReader:
         self.waited_seconds = 0.0
         """Spent in :meth:`read`."""
 
-    def begin(self, tensors: Sequence[ModuleTensor]) -> None:
-        """Begin to read ``tensors``, in a thread."""
+    def begin(self, tensors: Sequence[ModuleTensor], after: Future[None] | None = None) -> None:
+        """Begin to read ``tensors``, in a thread, once ``after`` is done, successful or not."""
+        if after is not None:
+            self._thread.submit(wait, [after])
         for tensor in tensors:
             self._ahead[tensor.entry.name] = self._thread.submit(read_finite, tensor.entry)
 
@@ -53,6 +55,8 @@ class BlockWriter:
         self._thread = ThreadPoolExecutor(1, "write")
         self._writes: list[Future[None]] = []
         self._shards: set[str] = set()
+        self.written: Future[None] | None = None
+        """Done when the data that :meth:`sync` was last called for is not needed any more."""
         self._syncing: Future[None] | None = None
         self.waited_seconds = 0.0
         """Spent in :meth:`wait`."""
@@ -78,6 +82,7 @@ class BlockWriter:
         self.wait()
         shards, self._shards = sorted(self._shards), set()
         writes, self._writes = self._writes, []
+        self.written = self._thread.submit(lambda: None)
 
         def run() -> None:
             for write in writes:

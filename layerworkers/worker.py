@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
-from billhook.layerworkers.allocator import return_freed_memory
+from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
@@ -49,7 +49,7 @@ class BlockWorker:
 
     def __init__(self, setup: WorkerSetup, group: Collective, synced: Callable[[int], None] = lambda index: None):
         """synced: called from another thread once this worker's share of a pruned block is on the disk."""
-        return_freed_memory()
+        return_large_blocks()
         self._setup, self._group, self._synced = setup, group, synced
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
@@ -102,7 +102,7 @@ class BlockWorker:
         began, begin, waited = time.time(), time.monotonic(), self._waited_seconds()
         disk = self._load(task.tensors)
         if task.placement.read_ahead:
-            self._reader.begin(task.next_tensors)
+            self._reader.begin(task.next_tensors, self._writer.written)
         linears = {linear.name: linear for linear in task.linears}
         everything = [
             tuple(name for name in group if name in linears) for group in self._skeleton.facts(task.index).input_groups
@@ -128,7 +128,8 @@ class BlockWorker:
         fit(task, groups, linears, solve)
         self._check_hidden(task.index)
         self._writer.sync(lambda: self._synced(task.index))
-        self._skeleton.drop_block(task.index)
+        disk.clear()
+        self._drop_block(task.index)
         return BlockReport(
             task.index,
             tuple(reports[linear.disk_name] for linear in task.linears),
@@ -208,7 +209,7 @@ class BlockWorker:
         self._reader.begin(next_tensors)
         run_plain(self._skeleton.blocks[index], self._hidden, self._arguments_of(index))
         self._check_hidden(index)
-        self._skeleton.drop_block(index)
+        self._drop_block(index)
 
     def finish_writing(self) -> None:
         """Wait until this worker's share of every pruned block is on the disk.
@@ -254,6 +255,10 @@ class BlockWorker:
             disk[tensor.entry.name] = self._reader.read(tensor.entry)
             self._skeleton.set_parameter(tensor.module_name, disk[tensor.entry.name])
         return disk
+
+    def _drop_block(self, index: int) -> None:
+        self._skeleton.drop_block(index)
+        return_free_pages()
 
     def _own_share(self, task: BlockTask) -> list[TensorEntry]:
         """Return what this worker writes of the block: every ``size``-th tensor."""

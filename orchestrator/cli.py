@@ -19,7 +19,7 @@ import typer
 from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
-from billhook.layerworkers.allocator import return_freed_memory
+from billhook.layerworkers.allocator import return_large_blocks
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
 
@@ -41,7 +41,7 @@ def main() -> None:
     """Run the command line; see ``docs/cli.md`` for the exit codes."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    return_freed_memory()
+    return_large_blocks()
     app()
 
 
