@@ -31,12 +31,17 @@ from billhook.orchestrator.recipe import Recipe
 RAY_BYTES = 390 << 20
 """Memory of Ray's own processes on one node, and of the mailbox."""
 
-DRIVER_BYTES = 70 << 20
-"""What the driver needs beyond what it has of its own when it plans: its connection to Ray, its share of libraries."""
+LIBRARY_BYTES = 200 << 20
+"""Pages of libraries that the processes of a run share, counted once."""
 
-WORKER_BYTES = 130 << 20
+DRIVER_BYTES = 20 << 20
+"""What the driver needs of its own beyond what it has when it plans: its connection to Ray."""
+
+WORKER_BYTES = 65 << 20
 """The same of a worker, with compiled loops and the work space of BLAS."""
 
+HELD_SLACK = 1.15
+"""Memory that many small pieces take for each byte in them."""
 
 MIN_STORE_BYTES = 80 << 20
 """Smallest object store that Ray starts with."""
@@ -134,7 +139,7 @@ def processes_bytes(workers: int, own: int) -> int:
 
     own: what a process has that has imported the same libraries, such as this one.
     """
-    return RAY_BYTES + DRIVER_BYTES + own + workers * (own + WORKER_BYTES)
+    return RAY_BYTES + LIBRARY_BYTES + DRIVER_BYTES + own + workers * (own + WORKER_BYTES)
 
 
 def store_bytes(workers: int) -> int:
@@ -303,7 +308,7 @@ def _phases(
             return Need(0, 0, 0)
         size = own_samples[rank] * max(0, facts.waiting(group) - counted)
         if placement.intermediates == "hold":
-            return Need(size, 0, 0)
+            return Need(int(HELD_SLACK * size), 0, 0)
         return _at(placement.spill_to, size) if placement.intermediates == "spill" else Need(0, 0, 0)
 
     def sums(rank: int, columns: int) -> Need:
