@@ -14,6 +14,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from billhook.kernels.gram import mirror_lower_
+from billhook.kernels.threads import safe_threads
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -57,7 +58,8 @@ def cholesky_lower_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
 
 def _try_cholesky_lower_(a_CC: Tensor) -> bool:
     if a_CC.device.type == "cpu":
-        _, info = lapack.spotrf(a_CC.numpy().T, lower=0, clean=0, overwrite_a=1)
+        with safe_threads(a_CC.shape[0]):
+            _, info = lapack.spotrf(a_CC.numpy().T, lower=0, clean=0, overwrite_a=1)
         return bool(info == 0)
     factor_CC, info_device = torch.linalg.cholesky_ex(a_CC)
     a_CC.copy_(factor_CC.tril_() + a_CC.triu(1))
@@ -86,7 +88,8 @@ def inverse_upper_factor_(h_CC: Tensor, dampings: Sequence[float]) -> list[float
     reverse_(h_CC)
     tried = cholesky_lower_(h_CC, dampings)
     if h_CC.device.type == "cpu":
-        _, info = lapack.strtri(h_CC.numpy().T, lower=0, overwrite_c=1)
+        with safe_threads(h_CC.shape[0]):
+            _, info = lapack.strtri(h_CC.numpy().T, lower=0, overwrite_c=1)
         assert info == 0
     else:
         identity_CC = torch.eye(h_CC.shape[0], device=h_CC.device)
@@ -104,7 +107,8 @@ def inverse_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
     """
     tried = cholesky_lower_(a_CC, dampings)
     if a_CC.device.type == "cpu":
-        _, info = lapack.spotri(a_CC.numpy().T, lower=0, overwrite_c=1)
+        with safe_threads(a_CC.shape[0]):
+            _, info = lapack.spotri(a_CC.numpy().T, lower=0, overwrite_c=1)
         assert info == 0
     else:
         a_CC.copy_(torch.cholesky_inverse(a_CC.tril()))

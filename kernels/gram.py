@@ -8,6 +8,8 @@ from __future__ import annotations
 from scipy.linalg import blas
 from torch import Tensor
 
+from billhook.kernels.threads import safe_threads
+
 
 def gram_reference(x_TC: Tensor) -> Tensor:
     """Return the Gram matrix ``X^T X`` of ``x_TC``, [C, C], in float64: the specification of :func:`add_gram_`."""
@@ -27,7 +29,8 @@ def add_gram_(gram_CC: Tensor, x_TC: Tensor) -> None:
         gram_CC.addmm_(x32_TC.T, x32_TC)
         return
     # A row-major [T, C] array is a column-major [C, T] one, and a row-major lower triangle a column-major upper one.
-    blas.ssyrk(1.0, x32_TC.numpy().T, beta=1.0, c=gram_CC.numpy().T, overwrite_c=1, lower=0)
+    with safe_threads(gram_CC.shape[0]):
+        blas.ssyrk(1.0, x32_TC.numpy().T, beta=1.0, c=gram_CC.numpy().T, overwrite_c=1, lower=0)
 
 
 def mirror_lower_(a_CC: Tensor) -> None:
