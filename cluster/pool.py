@@ -105,14 +105,16 @@ class WorkerPool:
         before: BlockReport | None = None
         for task in tasks:
             calls = self._submit("prune_block", task)
-            if before is not None and self._reaches_disk(before.index, calls):
+            if before is not None:
+                if not self._reaches_disk(before.index, calls):
+                    raise _failure(calls)
                 yield before
             before = _slowest(_outcome(calls))
         if before is not None:
             calls = self._submit("finish_writing")
-            if self._reaches_disk(before.index, calls):
-                yield before
-            _outcome(calls)
+            if not self._reaches_disk(before.index, calls):
+                raise _failure(calls)
+            yield before
 
     def forward_block(
         self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
@@ -140,27 +142,41 @@ class WorkerPool:
         return [actor.call.remote(method, *arguments) for actor in self._actors]
 
     def _reaches_disk(self, block: int, calls: Sequence[Any]) -> bool:
-        """Wait until all workers have their share of ``block`` on the disk; False when one of ``calls`` failed before.
+        """Wait until all workers have their share of ``block`` on the disk; False when that is not to be expected.
 
-        A failure of the next block need not be one of this block's writing: that gets a last chance to end.
+        A failure of ``calls``, the next block's, need not be one of this block's writing: that gets a last chance.
         """
         synced = self._mailbox.all_synced.remote(block, self.size)
         pending = list(calls)
+        seconds: float | None = None
         while True:
-            done, _ = ray.wait([synced, *pending])
-            if synced in done:
-                return True
-            pending.remove(done[0])
+            done, _ = ray.wait([synced, *pending], timeout=seconds)
+            if not done:
+                return False
             try:
                 ray.get(done[0])
             except RayError:
-                return bool(ray.wait([synced], timeout=LAST_CHANCE_SECONDS)[0])
+                if done[0] == synced:
+                    return False
+                seconds = LAST_CHANCE_SECONDS
+            if done[0] == synced:
+                return True
+            pending.remove(done[0])
 
     def close(self) -> None:
         """End all workers; what they hold is lost."""
         for actor in [*self._actors, self._mailbox]:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
+
+
+def _failure(calls: list[Any]) -> Exception:
+    """Return why a block did not reach the disk, given the calls that were under way."""
+    try:
+        _outcome(calls)
+    except (InputError, RunError) as error:
+        return error
+    return RunError("Ray lost track of what is on the disk; run the same command again to go on")
 
 
 def _slowest(reports: list[BlockReport]) -> BlockReport:

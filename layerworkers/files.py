@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -106,6 +108,16 @@ def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
 def bytes_of(data: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(data.flatten().view(torch.uint8).numpy().data)
+
+
+def punch_hole(descriptor: int, start_bytes: int, size_bytes: int) -> bool:
+    """Give a range of an open file back to the file system; False where that cannot be done."""
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if sys.platform == "linux" else None
+    if fallocate is None:
+        return False
+    keep_size, punch = 1, 2
+    offsets = ctypes.c_int64(start_bytes), ctypes.c_int64(size_bytes)
+    return bool(fallocate(descriptor, keep_size | punch, *offsets) == 0)
 
 
 def sync_file(path: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from billhook.layerworkers.live import LiveTensors, ParkedTensors
 from billhook.layerworkers.scratch import Parking
@@ -52,7 +53,7 @@ def run_lockstep(
 
     The outputs are bit-equal to those of the plain forward with the final weights.
     """
-    samples = _PausedSamples(block, groups, inputs, arguments)
+    samples = _PausedSamples(block, groups, inputs, arguments, keep == "replay")
     try:
         for group in groups:
             if keep == "replay":
@@ -75,7 +76,10 @@ class _PausedSamples:
         groups: Sequence[tuple[str, ...]],
         inputs: MutableSequence[Tensor],
         arguments: Arguments | None,
+        again: bool,
     ):
+        """again: each input is needed more than once, so that no block may change it."""
+        self._again = again
         self._block, self._inputs, self._arguments = block, inputs, arguments
         self._hub = getcurrent()
         self._leader_of = {name: group[0] for group in groups for name in group}
@@ -98,7 +102,7 @@ class _PausedSamples:
         for number in range(len(self._threads)):
             yield number, self._resume(number, group[0], self._live[number].watching() if parking else nullcontext())
             if parking is not None:
-                self._parked[number] = ParkedTensors(self._live[number].tensors(), parking)
+                self._parked[number] = ParkedTensors(self._own(number), parking)
 
     def replay_to(self, group: tuple[str, ...]) -> Arriving:
         """Run each sample from the block's input to ``group``, and forget it again."""
@@ -135,10 +139,19 @@ class _PausedSamples:
         assert isinstance(stopped, Tensor), f"sample {number} left the block before {wanted}"
         return stopped
 
+    def _own(self, number: int) -> list[Tensor]:
+        """Return what one sample alone holds: not weights, buffers, arguments, or what a module keeps for later."""
+        kept = [tensor for tensor in tree_leaves(self._arguments) if isinstance(tensor, Tensor)]
+        for module in self._block.modules():
+            for values in (module._parameters, module._buffers, vars(module)):
+                kept += [value for value in values.values() if isinstance(value, Tensor)]
+        shared = {tensor.untyped_storage()._cdata for tensor in kept}
+        return [each for each in self._live[number].tensors() if each.untyped_storage()._cdata not in shared]
+
     def _run(self, number: int) -> None:
         assert self._arguments is not None
         args, kwargs = self._arguments
-        hidden = self._inputs[number]
+        hidden = self._inputs[number].clone() if self._again else self._inputs[number]
         self._live[number].note(hidden)
         self._inputs[number] = output_of(self._block(hidden, *args, **kwargs))
 
@@ -199,7 +212,7 @@ def run_observed(
         for current in range(len(inputs)):
             assert arguments is not None
             args, kwargs = arguments
-            block(inputs[current], *args, **kwargs)
+            block(inputs[current].clone(), *args, **kwargs)  # the input is needed again
     finally:
         for handle in handles:
             handle.remove()

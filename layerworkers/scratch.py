@@ -5,7 +5,6 @@ A :class:`Parking` takes a tensor's bytes and gives them back unchanged, so no r
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from billhook.layerworkers.errors import RunError
-from billhook.layerworkers.files import bytes_of, read_into, write_from
+from billhook.layerworkers.files import bytes_of, punch_hole, read_into, write_from
 
 BAND_BYTES = 16 << 20
 """Bytes of a parked tensor that are brought back at once where it is used band by band."""
@@ -89,8 +88,9 @@ class DiskParking:
         except OSError as error:
             raise RunError(f"--scratch {folder}: cannot be written to: {error.strerror}") from error
         self._free: dict[int, list[int]] = defaultdict(list)
-        self.size_bytes = 0
-        """Bytes that the file has grown to."""
+        self._end, self._used = 0, 0
+        self.peak_bytes = 0
+        """Most that the file has taken on the disk."""
 
     def park(self, tensor: Tensor) -> Parked:
         """Write the tensor to a free place of its size, or to the end of the file.
@@ -103,8 +103,11 @@ class DiskParking:
         if self._free[size]:
             offset = self._free[size].pop()
         else:
-            offset = self.size_bytes
-            self.size_bytes += -(-size // 4096) * 4096
+            self._give_back()
+            offset = self._end
+            self._end += _pages(size)
+            self._used += _pages(size)
+            self.peak_bytes = max(self.peak_bytes, self._used)
         if size:
             write_from(self._file.fileno(), bytes_of(data), offset, f"--scratch {self._folder}")
         return _OnDisk(self, offset, size, data.shape, data.dtype)
@@ -120,10 +123,17 @@ class DiskParking:
         """Let the place be used again."""
         self._free[size_bytes].append(offset)
 
-    def free_bytes(self) -> int:
-        """Return what the disk has left."""
-        facts = os.fstatvfs(self._file.fileno())
-        return facts.f_bavail * facts.f_frsize
+    def _give_back(self) -> None:
+        """Give the free places' blocks back to the file system before the file grows; they are not used again."""
+        for size, offsets in self._free.items():
+            for offset in offsets:
+                if punch_hole(self._file.fileno(), offset, _pages(size)):
+                    self._used -= _pages(size)
+        self._free.clear()
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // 4096) * 4096
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Footprint:
     running_bytes: int
     """Most that is alive at once while it runs, its input included."""
     waiting_bytes: dict[str, int]
-    """What is alive while it waits before a group of linears, its input included; by the group's first linear."""
+    """What is alive while it waits before a linear, its input included; by the linear's name."""
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -369,7 +369,7 @@ def _footprint_on_meta(
         waiting[name] = live.size_bytes()
 
     with live.watching():
-        _call_on_meta(block, hidden, arguments, [group[0] for group in groups], note)
+        _call_on_meta(block, hidden, arguments, [name for group in groups for name in group], note)
     return Footprint(hidden.nbytes, live.peak_bytes, waiting)
 
 

@@ -122,6 +122,9 @@ def _reduce(
                 ],
                 partitions,
             )
+    for node in nodes:
+        if not isinstance(node.total, Tensor):
+            node.total.give_up()
     return reduced if group.rank == root else None
 
 

@@ -93,6 +93,13 @@ class BlockWriter:
 
         self._syncing = self._thread.submit(run)
 
+    def wait_written(self) -> None:
+        """Wait until the data that :meth:`sync` was last called for is not needed any more."""
+        begin = time.monotonic()
+        if self.written is not None:
+            self.written.result()
+        self.waited_seconds += time.monotonic() - begin
+
     def wait(self) -> None:
         """Wait until everything is on the disk that :meth:`sync` was called for.
 

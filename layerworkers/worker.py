@@ -100,6 +100,8 @@ class BlockWorker:
             RunError: when a solve or the disk fails.
         """
         began, begin, waited = time.time(), time.monotonic(), self._waited_seconds()
+        if not task.placement.read_ahead:
+            self._writer.wait_written()  # there is no room for the last block beside this one
         disk = self._load(task.tensors)
         if task.placement.read_ahead:
             self._reader.begin(task.next_tensors, self._writer.written)
@@ -229,15 +231,14 @@ class BlockWorker:
         for number, sample in enumerate(self._samples):
             logits = self.logits(number)[0, :-1]
             targets = torch.tensor(sample.tokens[1:], device=self._device)
-            if not torch.isfinite(logits).all():
-                raise RunError(
-                    f"the logits of window {sample.index} are not finite in {logits.dtype}; try --dtype float32"
-                )
-            total = math.fsum(
-                float(functional.cross_entropy(part.float(), wanted, reduction="sum"))
-                for part, wanted in zip(torch.split(logits, 128), torch.split(targets, 128), strict=True)
-            )
-            results.append(WindowLoss(sample.index, total / len(targets), len(targets)))
+            sums = []
+            for part, wanted in zip(torch.split(logits, 128), torch.split(targets, 128), strict=True):
+                if not torch.isfinite(part).all():
+                    raise RunError(
+                        f"the logits of window {sample.index} are not finite in {logits.dtype}; try --dtype float32"
+                    )
+                sums.append(float(functional.cross_entropy(part.float(), wanted, reduction="sum")))
+            results.append(WindowLoss(sample.index, math.fsum(sums) / len(targets), len(targets)))
         return results
 
     def peak_vram_bytes(self) -> int:
@@ -246,7 +247,7 @@ class BlockWorker:
 
     def scratch_bytes(self) -> int:
         """Return the most that this worker has had in its scratch file."""
-        return self._disk_parking.size_bytes if "_disk_parking" in self.__dict__ else 0
+        return self._disk_parking.peak_bytes if "_disk_parking" in self.__dict__ else 0
 
     def _load(self, tensors: Sequence[ModuleTensor]) -> dict[str, Tensor]:
         """Read the block's tensors into the module; return them as on disk, by name."""

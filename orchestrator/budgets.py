@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from billhook.orchestrator.paths import user_path
+
 RAM_SHARE = 0.85
 """Share of the machine's memory, or of its cgroup's limit, that a run may use where it is told nothing."""
 
@@ -29,12 +31,16 @@ class Budgets:
     """None where there is no output yet whose disk could be asked."""
 
 
-def resolve_budgets(vram: int | None, ram: int | None, disk: int | None, device: str, output: Path | None) -> Budgets:
-    """Fill in what was not given from the machine: its GPU, its memory, the disk of ``output``."""
+def resolve_budgets(
+    vram: int | None, ram: int | None, disk: int | None, device: str, output: Path | None, scratch: str | None = None
+) -> Budgets:
+    """Fill in what was not given from the machine: its GPU, its memory, the disks of ``output`` and ``scratch``."""
     if vram is None and device == "cuda":
         vram = int(VRAM_SHARE * torch.cuda.get_device_properties(0).total_memory)
     if disk is None and output is not None:
         disk = max(0, free_disk_bytes(output) + _size_of(output) - DISK_RESERVE_BYTES)
+        if scratch is not None and _disk_of(user_path(scratch)) != _disk_of(output):
+            disk += max(0, free_disk_bytes(user_path(scratch)) - DISK_RESERVE_BYTES)
     return Budgets(vram, int(RAM_SHARE * machine_ram_bytes()) if ram is None else ram, disk)
 
 
@@ -71,9 +77,17 @@ def _cgroup_limits(root: Path) -> list[int]:
 
 def free_disk_bytes(folder: Path) -> int:
     """Return what is free on the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _disk_of(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def _size_of(folder: Path) -> int:

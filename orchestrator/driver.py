@@ -140,7 +140,7 @@ def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) ->
     committed = {line["index"] for line in read_journal(output) if line["kind"] == "block"}
     total = len(plan.model.layout.blocks)
     if len(committed) < total:
-        scratch_folder = plan.scratch or str(output / FOLDER)
+        scratch_folder = str(user_path(plan.scratch) if plan.scratch else output / FOLDER)
         setup = plan.model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch_folder)
         with worker_pool(setup, plan.workers, report) as (pool, memory):
             samples = _deal_samples(plan, windows)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
+
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.methods import METHODS
@@ -27,6 +29,7 @@ from billhook.orchestrator.calibration import (
     read_text,
 )
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
+from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.placing import Arrangement, Job, Need, arrange
 from billhook.orchestrator.planning import block_work, check_context
 from billhook.orchestrator.probe import measured_rates
@@ -97,7 +100,7 @@ def evaluate(
     arrangement = _arrange(model, len(samples), length, {"workers": workers, "vram": vram, "ram": ram}, most)
     report = progress or no_progress
     count, blocks = arrangement.workers, model.layout.blocks
-    setup = model.worker_setup(threads, arrangement.activations, scratch or tempfile.gettempdir())
+    setup = model.worker_setup(threads, arrangement.activations, str(user_path(scratch or tempfile.gettempdir())))
     with worker_pool(setup, Workers(count, threads, address), report) as (pool, memory):
         shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
         pool.start(model.layout.stem, shares)
@@ -126,10 +129,13 @@ def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, worker
     method = METHODS["magnitude"]
     job = Job(recipe, method, method.options(), parse_pattern("unstructured", 0.0), windows)
     own = own_bytes(os.getpid())
-    entry = model.layout.stem.head
-    vocabulary = entry.shape[0]
-    # The logits, whether each is finite, a slice of the head in both dtypes, and 128 targets' logits in float32, twice.
-    logits = 3 * seqlen * vocabulary + 2 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 8 * 128 * vocabulary
+    entry, vocabulary = model.layout.stem.head, model.layout.stem.head.shape[0]
+    item = getattr(torch, model.dtype).itemsize
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
+    # The logits, with the copies that capping makes; a slice of the head in both dtypes; and of 128 targets the
+    # logits in float32, their log-probabilities, and whether they are finite.
+    logits = (3 if capped else 1) * item * seqlen * vocabulary
+    logits += 3 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 12 * 128 * vocabulary
     return arrange(
         job,
         block_work(model, tuple(() for _ in model.layout.blocks), seqlen),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.shards import FLOAT_DTYPES, TensorEntry
+from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES, TensorEntry
 from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.tasks import ModuleTensor, StemTask
 from billhook.orchestrator.checkpoint import Checkpoint
@@ -22,6 +22,8 @@ class Linear:
     """Outputs, inputs."""
     group: int
     """Number of the input tensor, within the block, that it shares with others."""
+    item_bytes: int
+    """Of one weight on disk."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def _block(
                     f"{entry.path}: tensor {entry.name} has dtype {entry.dtype}; only "
                     f"{', '.join(sorted(FLOAT_DTYPES))} can be computed with: save the model in bfloat16 first"
                 )
-            linears.append(Linear(entry.name, name, (entry.shape[0], entry.shape[1]), group))
+            shape = (entry.shape[0], entry.shape[1])
+            linears.append(Linear(entry.name, name, shape, group, DTYPES[entry.dtype].itemsize))
     weights = {linear.disk_name for linear in linears}
     other_matrices = tuple(
         tensor.entry.name for tensor in tensors if len(tensor.entry.shape) > 1 and tensor.entry.name not in weights

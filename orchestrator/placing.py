@@ -102,6 +102,14 @@ class BlockWork:
     next_bytes: int
     """Of the next block's tensors on disk."""
 
+    def kind(self, recipe: Recipe) -> object:
+        """Return what two blocks have in common that need the same."""
+        footprint = self.footprint
+        waiting = tuple(sorted(footprint.waiting_bytes.items()))
+        linears = tuple((linear.group, linear.shape, linear.item_bytes) for linear in self.linears)
+        sizes = (footprint.hidden_bytes, footprint.running_bytes, waiting, self.next_bytes)
+        return (*sizes, linears, _weights(self.block, recipe))
+
     @property
     def groups(self) -> dict[int, list[Linear]]:
         """The linears to prune by their input."""
@@ -112,8 +120,8 @@ class BlockWork:
 
     def waiting(self, group: int) -> int:
         """Return what one sample holds before ``group``."""
-        leader = next(linear.name for linear in self.block.linears if linear.group == group)
-        return self.footprint.waiting_bytes[leader]
+        first = next(linear.name for linear in self.linears if linear.group == group)
+        return self.footprint.waiting_bytes[first]
 
 
 @dataclass(frozen=True)
@@ -167,21 +175,20 @@ def arrange(
         DoesNotFitError: when none is: the smallest budget that would do is named.
     """
     smallest: dict[str, int] = {}
+    within = replace(budgets, disk=None if budgets.disk is None else budgets.disk - output_bytes)
     for workers in worker_counts:
         best: Arrangement | None = None
         for activations in _tiers(wanted["activations"], job):
-            made = _arrange_with(job, blocks, budgets, rates, workers, activations, own_bytes, wanted, smallest, head)
+            made = _arrange_with(job, blocks, within, rates, workers, activations, own_bytes, wanted, smallest, head)
             if made is not None and (best is None or made.extra_seconds < best.extra_seconds):
                 best = made
-        if best is not None and (budgets.disk is None or best.peak.disk + output_bytes <= budgets.disk):
-            return best
         if best is not None:
-            smallest["disk"] = min(smallest.get("disk", best.peak.disk), best.peak.disk)
+            return best
     raise _misfit(budgets, smallest, output_bytes, job)
 
 
 def _misfit(budgets: Budgets, smallest: Mapping[str, int], output_bytes: int, job: Job) -> DoesNotFitError:
-    if "disk" in smallest:
+    if "ram" not in smallest and "disk" in smallest:
         disk = smallest["disk"] + output_bytes
         return DoesNotFitError(
             f"--disk {_gib(budgets.disk or 0)}: output and scratch need --disk {_gib(disk)}; free some space, choose "
@@ -220,29 +227,27 @@ def _arrange_with(
     placements: list[Placement] = []
     phases: dict[str, Need] = {}
     peak, extra = Need(0, 0, 0), 0.0
+    short: dict[str, int] = {}
     on_cpu = job.recipe.device == "cpu"
     for facts in blocks:
-        kind = (
-            facts.footprint.running_bytes,
-            facts.next_bytes,
-            tuple((each.group, each.shape) for each in facts.linears),
-        )
+        kind = facts.kind(job.recipe)
         if kind not in chosen:
             options = []
+            misses: dict[str, int] = {}
             for placement in _placements(job, wanted):
                 by_phase = dict(_phases(job, facts, placement, workers, activations))
                 if head is not None:
                     hidden = facts.footprint.hidden_bytes * -(-job.samples // workers)
                     by_phase["head"] = [_at(activations, hidden) + head] * workers
-                need = _node(by_phase, fixed, on_cpu)
-                if budgets.vram is not None and need.device > budgets.vram:
-                    smallest["vram"] = min(smallest.get("vram", need.device), need.device)
-                elif need.ram > RAM_TRUST * budgets.ram:
-                    smallest["ram"] = min(smallest.get("ram", need.ram), need.ram)
-                else:
+                exceeded = _exceeded(_node(by_phase, fixed, on_cpu), budgets)
+                for option, size in exceeded.items():
+                    misses[option] = min(misses.get(option, size), size)
+                if not exceeded:
                     options.append((placement, by_phase, _extra_seconds(job, facts, placement, workers, rates)))
             if not options:
-                return None
+                for option, size in misses.items():
+                    short[option] = max(short.get(option, 0), size)
+                continue
             chosen[kind] = min(options, key=lambda option: option[2])
         placement, by_phase, seconds = chosen[kind]
         placements.append(placement)
@@ -251,10 +256,25 @@ def _arrange_with(
             total = _node({name: own}, fixed, on_cpu)
             phases[name] = _larger(phases.get(name, total), total)
         peak = _larger(peak, _node(by_phase, fixed, on_cpu))
+    if short:
+        for option, size in short.items():
+            smallest[option] = min(smallest.get(option, size), size)
+        return None
     if activations != "device" and job.samples:
         hidden = blocks[0].footprint.hidden_bytes * job.samples
         extra += 2 * len(blocks) * hidden / (rates.disk_bytes if activations == "disk" else rates.copy_bytes)
     return Arrangement(workers, not on_cpu, activations, tuple(placements), phases, peak, extra)
+
+
+def _exceeded(need: Need, budgets: Budgets) -> dict[str, int]:
+    """Return the budget that does not suffice, and what would: the device's before RAM's before the disk's."""
+    if budgets.vram is not None and need.device > budgets.vram:
+        return {"vram": need.device}
+    if need.ram > RAM_TRUST * budgets.ram:
+        return {"ram": need.ram}
+    if budgets.disk is not None and need.disk > budgets.disk:
+        return {"disk": need.disk}
+    return {}
 
 
 def _node(by_phase: Mapping[str, Sequence[Need]], fixed_bytes: int, on_cpu: bool) -> Need:
@@ -277,7 +297,8 @@ def _placements(job: Job, wanted: Mapping[str, str]) -> Iterator[Placement]:
     dense = job.recipe.fit == "dense-block" or not job.samples
     intermediates = ["hold", "replay"] if dense else ["hold", "spill", "replay"]
     if wanted["intermediates"] != "auto":
-        intermediates = [wanted["intermediates"]]
+        # The dense block is run without a pause: nothing waits that could be spilled.
+        intermediates = ["hold" if dense and wanted["intermediates"] == "spill" else wanted["intermediates"]]
     statistics = ["device", "ram", "disk"] if wanted["statistics"] == "auto" else [wanted["statistics"]]
     for read_ahead, keep, tier in itertools.product([True, False], intermediates, statistics):
         for spill_to in ["ram", "disk"] if keep == "spill" else ["disk"]:
@@ -393,7 +414,6 @@ def _solving(
     partition_rows = recipe.partition_rows or 256
     ranges = share_out(work, workers, partition_rows)
     statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0
-    item = 4 if recipe.dtype == "float32" else 2
     needs = []
     for rank in range(workers):
         rows = [own[rank][1] - own[rank][0] for own in ranges]
@@ -406,7 +426,7 @@ def _solving(
             held += 3 * statistic  # torch factorises into copies
         if workers > 1 and statistic:
             held += (workers + 1) * BAND_BYTES
-        solution = sum(rows) * columns * item  # in RAM; the rest is on the device
+        solution = sum(own * columns * linear.item_bytes for own, linear in zip(rows, linears, strict=True))  # in RAM
         working = 4 * at_once * columns + method.extra_bytes(at_once, columns) if at_once else 0
         needs.append(Need(held + working, solution, 0))
     return needs
@@ -438,7 +458,7 @@ def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: in
         seconds += 2 * samples * sum(waiting) * parked[placement.spill_to]
     if placement.intermediates == "replay" and job.samples:
         forward = 2.0 * samples * (job.recipe.seqlen or 0) * sum(a.shape[0] * a.shape[1] for a in facts.block.linears)
-        again = len(waiting) / 2 if job.recipe.fit == "lockstep" else len(waiting) - 1
+        again = len(waiting) / 2 if job.recipe.fit == "lockstep" else max(0, len(waiting) - 1)
         seconds += again * forward / rates.flops
     if placement.statistics != "device" and job.method.statistic is not None:
         partitions = -(-job.partitions // workers)

@@ -155,8 +155,8 @@ def make_plan(model: str | Path, recipe: Recipe, resources: Resources, output: P
     useful = job.partitions if job.samples else 1
     most = resolve_workers(resources.workers, opened.device, recipe.threads, useful)
     check_gpus(most, opened.device, resources.address)
-    budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, opened.device, output)
-    own = own_bytes(os.getpid())  # before the probe: a worker starts without its traces
+    own = own_bytes(os.getpid())  # before CUDA and the probe leave their traces, which a worker starts without
+    budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, opened.device, output, resources.scratch)
     rates = measured_rates(opened)
     work = block_work(opened, chosen, seqlen)
     counts = range(most, 0, -1) if resources.workers == "auto" else [most]

@@ -49,6 +49,8 @@ def measured_rates(model: Model) -> Rates:
         )
     finally:
         torch.set_num_threads(threads)
+        if model.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _flops(dtype: torch.dtype, device: str) -> float:

@@ -117,6 +117,23 @@ def test_what_the_user_fixes_stays_fixed(shape_of_8b: Path) -> None:
     assert made.arrangement.peak.disk >= 32 * 512 * 4096 * 2
 
 
+def test_a_way_that_needs_less_disk_is_taken_where_disk_is_short(shape_of_8b: Path) -> None:
+    ram_bytes = int(0.9 * ram(planned(shape_of_8b, ram=64 * GIB)))
+    spilling = planned(shape_of_8b, ram=ram_bytes, intermediates="spill", statistics="disk")
+    assert spilling.arrangement.peak.disk > 0
+    without = estimate(spilling).bytes_written
+    made = planned(shape_of_8b, ram=ram_bytes, disk=without)
+    assert made.misfit is None
+    assert made.arrangement.peak.disk == 0
+
+
+def test_excluding_the_first_linear_of_a_group_counts_what_it_has_made(shape_of_8b: Path) -> None:
+    options: dict[str, Any] = {"ram": 64 * GIB, "samples": 64, "intermediates": "hold", "statistics": "device"}
+    whole, part = (planned(shape_of_8b, **options, **more) for more in ({}, {"exclude": "gate_proj"}))
+    before = whole.arrangement.phases["statistics of mlp.gate_proj"].device
+    assert part.arrangement.phases["statistics of mlp.up_proj"].device - before > 0.5 * 64 * 512 * 14336 * 2
+
+
 def test_sizes_are_read_as_people_write_them(shape_of_8b: Path) -> None:
     assert planned(shape_of_8b, ram="20GB").budgets.ram == 20_000_000_000
     assert planned(shape_of_8b, ram="20 GiB").budgets.ram == 20 * GIB
