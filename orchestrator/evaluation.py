@@ -30,7 +30,8 @@ from billhook.orchestrator.calibration import (
 )
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
 from billhook.orchestrator.paths import user_path
-from billhook.orchestrator.placing import Arrangement, Job, Need, arrange
+from billhook.orchestrator.phases import Job, Need
+from billhook.orchestrator.placing import Arrangement, arrange
 from billhook.orchestrator.planning import block_work, check_context
 from billhook.orchestrator.probe import measured_rates
 from billhook.orchestrator.recipe import RunOptions, read_options

@@ -20,7 +20,8 @@ from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
-from billhook.orchestrator.placing import Arrangement, BlockWork, DoesNotFitError, Job, arrange
+from billhook.orchestrator.phases import BlockWork, Job
+from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
 from billhook.orchestrator.probe import CPU_CORE, GPU, Rates, measured_rates
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, method_options, read_options
 from billhook.orchestrator.workers import Workers

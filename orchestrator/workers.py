@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from billhook.cluster.memory import PeakMemory
 from billhook.cluster.session import ray_session
 from billhook.layerworkers.tasks import WorkerSetup
-from billhook.orchestrator.placing import store_bytes
+from billhook.orchestrator.phases import store_bytes
 
 if TYPE_CHECKING:
     from billhook.cluster.pool import WorkerPool
