@@ -60,8 +60,8 @@ def main() -> None:
                 "input_output_alone_seconds": round(moving, 2),
                 "ratio_to_the_larger": round(ratio, 3),
             }
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(name, results[f"{name} computation"], flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def evict(folder: Path) -> None:
