@@ -40,6 +40,9 @@ from billhook.layerworkers.transfer import BlockReader, BlockWriter, check_finit
 Group = tuple[str, ...]
 """Names within the block of linears that share one input and are to be pruned."""
 
+Solve = Callable[[Group, Sequence[Node]], None]
+"""Prunes a group, given this worker's sums of the statistic of its input."""
+
 HEAD_SLICE_BYTES = 64 << 20
 """Bytes of the head matrix that are held at once."""
 
@@ -145,7 +148,7 @@ class BlockWorker:
         task: BlockTask,
         groups: Sequence[Group],
         linears: Mapping[str, LinearTask],
-        solve: Callable[[Group, Sequence[Node]], None],
+        solve: Solve,
     ) -> None:
         def on_group(group: Group, arriving: Arriving) -> None:
             accumulator = self._accumulator(task, linears[group[0]])
@@ -169,7 +172,7 @@ class BlockWorker:
         task: BlockTask,
         groups: Sequence[Group],
         linears: Mapping[str, LinearTask],
-        solve: Callable[[Group, Sequence[Node]], None],
+        solve: Solve,
     ) -> None:
         """Take the statistics of all groups in one pass, or one group after the other where room is short."""
         block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
