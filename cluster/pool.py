@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -11,8 +12,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from billhook.cluster.exchange import RayCollective
 from billhook.cluster.mailbox import Mailbox
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import InputError, Interrupted, RunError
 from billhook.layerworkers.machine import machine_facts
+from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
@@ -26,6 +28,12 @@ from billhook.layerworkers.worker import BlockWorker
 
 LAST_CHANCE_SECONDS = 10.0
 """How long the writing of a finished block may go on when the block after it has failed."""
+
+POLL_SECONDS = 0.5
+"""How often a call that takes long looks up whether it is to be abandoned."""
+
+Deadline = Callable[[], float | None]
+"""Returns the monotonic time at which calls are abandoned; None: never."""
 
 
 @ray.remote
@@ -51,13 +59,23 @@ class WorkerActor:
 class WorkerPool:
     """Workers that make the same calls together; a context manager that ends them.
 
+    deadline: asked again and again; once the time that it returns has come, the call in progress is abandoned.
+
     Raises (all calls):
+        Interrupted: when the deadline has passed.
         InputError: as raised in a worker.
         RunError: as raised in a worker; or when a worker died, or none could be placed.
     """
 
-    def __init__(self, setup: WorkerSetup, workers: int, placement_timeout_seconds: float = 120.0):
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        workers: int,
+        deadline: Deadline = lambda: None,
+        placement_timeout_seconds: float = 120.0,
+    ):
         self.size = workers
+        self._deadline = deadline
         threads = {
             name: str(setup.threads)
             for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -74,8 +92,8 @@ class WorkerPool:
             actor_class.options(**options).remote(setup, self._mailbox, workers, rank) for rank in range(workers)
         ]
         try:
-            _outcome([actor.placed.remote() for actor in self._actors], placement_timeout_seconds)
-            _check_alike(_outcome([actor.set_up.remote() for actor in self._actors]))
+            self._outcome([actor.placed.remote() for actor in self._actors], placement_timeout_seconds)
+            _check_alike(self._outcome([actor.set_up.remote() for actor in self._actors]))
         except GetTimeoutError as error:
             self.close()
             raise RunError(
@@ -95,7 +113,11 @@ class WorkerPool:
 
     def start(self, stem: StemTask, samples: Sequence[Sequence[Sample]]) -> None:
         """Give each worker its samples; see :meth:`BlockWorker.start`."""
-        _outcome([actor.call.remote("start", stem, own) for actor, own in zip(self._actors, samples, strict=True)])
+        self._outcome([actor.call.remote("start", stem, own) for actor, own in zip(self._actors, samples, strict=True)])
+
+    def restore_inputs(self, entry: TensorEntry) -> None:
+        """Take up hidden states that were kept; see :meth:`BlockWorker.restore_inputs`."""
+        self._call("restore_inputs", entry)
 
     def prune_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[BlockReport]:
         """Prune blocks on all workers together; see :meth:`BlockWorker.prune_block`.
@@ -109,7 +131,7 @@ class WorkerPool:
                 if not self._reaches_disk(before.index, calls):
                     raise _failure(calls)
                 yield before
-            before = _slowest(_outcome(calls))
+            before = _slowest(self._outcome(calls))
         if before is not None:
             calls = self._submit("finish_writing")
             if not self._reaches_disk(before.index, calls):
@@ -136,7 +158,7 @@ class WorkerPool:
         return int(sum(self._call("scratch_bytes")))
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return _outcome(self._submit(method, *arguments))
+        return self._outcome(self._submit(method, *arguments))
 
     def _submit(self, method: str, *arguments: Any) -> list[Any]:
         return [actor.call.remote(method, *arguments) for actor in self._actors]
@@ -148,20 +170,42 @@ class WorkerPool:
         """
         synced = self._mailbox.all_synced.remote(block, self.size)
         pending = list(calls)
-        seconds: float | None = None
+        until: float | None = None
         while True:
-            done, _ = ray.wait([synced, *pending], timeout=seconds)
+            done, _ = ray.wait([synced, *pending], timeout=POLL_SECONDS)
             if not done:
-                return False
+                self._check_deadline()
+                if until is not None and time.monotonic() > until:
+                    return False
+                continue
             try:
                 ray.get(done[0])
             except RayError:
                 if done[0] == synced:
                     return False
-                seconds = LAST_CHANCE_SECONDS
+                until = until or time.monotonic() + LAST_CHANCE_SECONDS
             if done[0] == synced:
                 return True
             pending.remove(done[0])
+
+    def _outcome(self, calls: list[Any], timeout_seconds: float | None = None) -> list[Any]:
+        """Wait for all calls; the first that fails decides, since the others may wait for it for ever."""
+        pending, begin = list(calls), time.monotonic()
+        while pending:
+            done, pending = ray.wait(pending, timeout=POLL_SECONDS)
+            if not done:
+                self._check_deadline()
+                if timeout_seconds is not None and time.monotonic() > begin + timeout_seconds:
+                    raise GetTimeoutError("no worker answered")
+            for call in done:
+                _check(call)
+        results: list[Any] = ray.get(calls)
+        return results
+
+    def _check_deadline(self) -> None:
+        deadline = self._deadline()
+        if deadline is not None and time.monotonic() > deadline:
+            raise Interrupted("the block in progress was abandoned")
 
     def close(self) -> None:
         """End all workers; what they hold is lost."""
@@ -172,10 +216,12 @@ class WorkerPool:
 
 def _failure(calls: list[Any]) -> Exception:
     """Return why a block did not reach the disk, given the calls that were under way."""
-    try:
-        _outcome(calls)
-    except (InputError, RunError) as error:
-        return error
+    done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+    for call in done:
+        try:
+            _check(call)
+        except (InputError, RunError) as error:
+            return error
     return RunError("Ray lost track of what is on the disk; run the same command again to go on")
 
 
@@ -192,26 +238,19 @@ def _check_alike(machines: list[dict[str, str]]) -> None:
             )
 
 
-def _outcome(calls: list[Any], timeout_seconds: float | None = None) -> list[Any]:
-    """Wait for all calls; the first that fails decides, since the others may wait for it for ever."""
-    pending = list(calls)
-    while pending:
-        done, pending = ray.wait(pending, timeout=timeout_seconds)
-        if not done:
-            raise GetTimeoutError("no worker answered")
-        try:
-            ray.get(done)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, InputError | RunError):
-                raise type(cause)(str(cause)) from None
-            raise RunError(f"a worker failed: {error}") from error
-        except RayActorError as error:
-            raise RunError(
-                f"a worker died ({str(error).strip().splitlines()[-1].strip()}): the machine may have run out of "
-                "memory; run the same command again to go on from the last finished block"
-            ) from error
-        except RayError as error:
-            raise RunError(f"Ray failed: {error}; run the same command again to go on") from error
-    results: list[Any] = ray.get(calls)
-    return results
+def _check(call: Any) -> None:
+    """Raise the failure of a call that is done, if it failed, as one of ours."""
+    try:
+        ray.get(call)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, InputError | RunError):
+            raise type(cause)(str(cause)) from None
+        raise RunError(f"a worker failed: {error}") from error
+    except RayActorError as error:
+        raise RunError(
+            f"a worker died ({str(error).strip().splitlines()[-1].strip()}): the machine may have run out of "
+            "memory; run the same command again to go on from the last finished block"
+        ) from error
+    except RayError as error:
+        raise RunError(f"Ray failed: {error}; run the same command again to go on") from error

@@ -189,6 +189,12 @@ def marked_processes() -> list[int]:
     return _processes_of(_own_folder) if _own_folder is not None else []
 
 
+def end_own_session() -> None:
+    """End the processes of the session that this process started, if any, without waiting for anything."""
+    if _own_folder is not None:
+        _remove(_own_folder)
+
+
 def _remove(folder: Path) -> None:
     for pid in _processes_of(folder):
         with contextlib.suppress(ProcessLookupError, PermissionError):

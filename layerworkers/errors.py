@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user meets; every message names what, what was found, and what to do."""
+"""How a command ends early; every message names what, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed and can be resumed (exit code 1)."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user or the system asked for it
+    """The run was asked to end and can be resumed (exit code 130)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,21 @@ def read_bytes(path: str, start_bytes: int, size_bytes: int) -> Tensor:
     return buffer
 
 
+def disk_failure(name: str, doing: str, error: OSError, descriptor: int | None = None) -> RunError:
+    """Return what a user is told when ``doing`` something with a file failed; a full disk is told with what is free.
+
+    name: the file's path, or what the user knows it as; then an open ``descriptor`` of it tells its disk.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        facts = os.statvfs(os.path.dirname(name)) if descriptor is None else os.fstatvfs(descriptor)
+        free = facts.f_bavail * facts.f_frsize
+        return RunError(
+            f"{name}: the disk is full: {doing} failed, {free} bytes are free; make room and resume with the same "
+            "command"
+        )
+    return RunError(f"{name}: {doing} failed: {error.strerror}; resume with the same command once mended")
+
+
 def write_from(descriptor: int, view: memoryview, start_bytes: int, name: str) -> None:
     """Write all of ``view`` to an offset of an open file.
 
@@ -80,13 +96,7 @@ def write_from(descriptor: int, view: memoryview, start_bytes: int, name: str) -
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], start_bytes + done)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            facts = os.fstatvfs(descriptor)
-            raise RunError(
-                f"{name}: the disk is full: {len(view) - done} bytes did not fit, {facts.f_bavail * facts.f_frsize} "
-                "are free; make room and resume with the same command"
-            ) from error
-        raise RunError(f"{name}: write failed: {error.strerror}; resume with the same command once mended") from error
+        raise disk_failure(name, f"writing {len(view) - done} bytes", error, descriptor) from error
 
 
 def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
@@ -98,7 +108,7 @@ def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY)
     except OSError as error:
-        raise RunError(f"{path}: write failed: {error.strerror}; resume with the same command once mended") from error
+        raise disk_failure(path, "writing", error) from error
     try:
         write_from(descriptor, bytes_of(data), start_bytes, path)
     finally:
@@ -120,6 +130,20 @@ def punch_hole(descriptor: int, start_bytes: int, size_bytes: int) -> bool:
     return bool(fallocate(descriptor, keep_size | punch, *offsets) == 0)
 
 
+def shared_lock(path: str) -> int:
+    """Return a descriptor that holds a shared lock on the file until it is closed or the process ends.
+
+    Raises:
+        RunError: when the file cannot be opened, or is locked exclusively.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be locked: {error.strerror}") from error
+    return descriptor
+
+
 def sync_file(path: str) -> None:
     """Wait until the file's data is on the disk.
 
@@ -133,4 +157,4 @@ def sync_file(path: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise RunError(f"{path}: sync failed: {error.strerror}; resume with the same command once mended") from error
+        raise disk_failure(path, "syncing", error) from error

@@ -25,6 +25,8 @@ class WorkerSetup:
     """Where hidden states wait between blocks: ``device``, ``ram`` or ``disk``; never changes bytes."""
     scratch: str = ""
     """Folder for what is kept on ``disk``."""
+    lock: str = ""
+    """File that the worker holds a shared lock on for as long as it may write to the output; empty: it never does."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class BlockTask:
     placement: Placement = Placement()
     next_tensors: tuple[ModuleTensor, ...] = ()
     """What will be loaded after this block; read while it is computed, if so placed."""
+    keep: TensorEntry | None = None
+    """Where the samples' hidden states are kept once they left the block, row by row of sample index; None: nowhere."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class BlockWriter:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "write")
         self._writes: list[Future[None]] = []
-        self._shards: set[str] = set()
+        self._files: set[str] = set()
         self.written: Future[None] | None = None
         """Done when the data that :meth:`sync` was last called for is not needed any more."""
         self._syncing: Future[None] | None = None
@@ -64,12 +64,23 @@ class BlockWriter:
     def write(self, output: str, entry: TensorEntry, data: Tensor | None) -> None:
         """Write ``data``, or where it is None the tensor as it is on disk, to its place in the output."""
         path = f"{output}/{Path(entry.path).name}.part"
-        self._shards.add(path)
+        self._files.add(path)
         self._writes.append(
             self._thread.submit(
                 lambda: write_bytes(path, entry.start_bytes, read_tensor(entry) if data is None else data)
             )
         )
+
+    def write_row(self, entry: TensorEntry, row: int, data: Tensor) -> None:
+        """Write the bytes of one row of ``entry`` to its file, at once: the data may change afterwards.
+
+        Raises:
+            RunError: when the disk is full or fails.
+        """
+        row_bytes = entry.size_bytes // entry.shape[0]
+        assert data.nbytes == row_bytes, f"{entry.path}: rows of {row_bytes} bytes, not {data.nbytes}"
+        self._files.add(entry.path)
+        write_bytes(entry.path, entry.start_bytes + row * row_bytes, data.to("cpu").contiguous())
 
     def sync(self, then: Callable[[], None]) -> None:
         """Begin to sync what was written since the last time, and call ``then`` once it is on the disk.
@@ -80,14 +91,14 @@ class BlockWriter:
             RunError: as :meth:`wait`.
         """
         self.wait()
-        shards, self._shards = sorted(self._shards), set()
+        files, self._files = sorted(self._files), set()
         writes, self._writes = self._writes, []
         self.written = self._thread.submit(lambda: None)
 
         def run() -> None:
             for write in writes:
                 write.result()
-            for path in shards:
+            for path in files:
                 sync_file(path)
             then()
 

@@ -16,6 +16,7 @@ from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.files import shared_lock
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.reduction import Node
@@ -54,6 +55,7 @@ class BlockWorker:
         """synced: called from another thread once this worker's share of a pruned block is on the disk."""
         return_large_blocks()
         self._setup, self._group, self._synced = setup, group, synced
+        self._lock = shared_lock(setup.lock) if setup.lock else None
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
             torch.set_num_threads(setup.threads)
@@ -89,6 +91,17 @@ class BlockWorker:
                     f"{type(self._skeleton.model).__name__}: the blocks' arguments depend on the tokens; "
                     "this architecture is not supported yet"
                 )
+
+    def restore_inputs(self, entry: TensorEntry) -> None:
+        """Replace the hidden states of this worker's samples by those kept in ``entry``: bytes, row by sample index.
+
+        Raises:
+            RunError: when the disk fails.
+        """
+        for position, sample in enumerate(self._samples):
+            hidden = self._hidden[position]
+            kept = read_rows(entry, sample.index, sample.index + 1)
+            self._hidden[position] = kept.view(hidden.dtype).view(hidden.shape).to(self._device)
 
     @torch.inference_mode()
     def prune_block(self, task: BlockTask) -> BlockReport:
@@ -132,6 +145,9 @@ class BlockWorker:
         fit = self._fit_in_lockstep if task.fit == "lockstep" else self._fit_to_dense_block
         fit(task, groups, linears, solve)
         self._check_hidden(task.index)
+        if task.keep is not None:
+            for sample, hidden in zip(self._samples, self._hidden, strict=True):
+                self._writer.write_row(task.keep, sample.index, hidden)
         self._writer.sync(lambda: self._synced(task.index))
         disk.clear()
         self._drop_block(task.index)

@@ -1,25 +1,28 @@
 """billhook's Python interface: what must be done, in what order, what is done.
 
-``prune``, ``plan``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same names do (``evaluate``
-is ``billhook eval``); they raise :class:`InputError` where the command line exits with 2 and :class:`RunError` where
-it exits with 1. They are imported on first use, so that importing this package does not import torch.
+``prune``, ``plan``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same names do
+(``evaluate`` is ``billhook eval``, ``resume`` is ``billhook prune --resume``). They raise :class:`InputError` where the
+command line exits with 2, :class:`RunError` where it exits with 1, and :class:`Interrupted` where it exits with 130.
+They are imported on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import InputError, Interrupted, RunError
 
 if TYPE_CHECKING:
-    from billhook.orchestrator.driver import PruneResult, prune
+    from billhook.orchestrator.driver import PruneResult, prune, resume
     from billhook.orchestrator.evaluation import Evaluation, evaluate
     from billhook.orchestrator.inspection import Inspection, inspect
     from billhook.orchestrator.planning import Plan, plan
+    from billhook.orchestrator.status import Status, status
     from billhook.orchestrator.verification import Verification, verify
 
 _HOMES = {
     "prune": "driver",
+    "resume": "driver",
     "PruneResult": "driver",
     "evaluate": "evaluation",
     "Evaluation": "evaluation",
@@ -27,6 +30,8 @@ _HOMES = {
     "Inspection": "inspection",
     "plan": "planning",
     "Plan": "planning",
+    "status": "status",
+    "Status": "status",
     "verify": "verification",
     "Verification": "verification",
 }
@@ -35,14 +40,18 @@ __all__ = [
     "Evaluation",
     "InputError",
     "Inspection",
+    "Interrupted",
     "Plan",
     "PruneResult",
     "RunError",
+    "Status",
     "Verification",
     "evaluate",
     "inspect",
     "plan",
     "prune",
+    "resume",
+    "status",
     "verify",
 ]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from billhook.layerworkers.tasks import LinearReport
-from billhook.orchestrator.planning import Plan
+from billhook.orchestrator.history import Decided
+from billhook.orchestrator.request import Request
 
 _BODY = """
 # A model pruned to {sparsity:.1%} sparsity
@@ -32,16 +33,26 @@ Calibration: {calibration}
 """
 
 
-def model_card(plan: Plan, reports: Sequence[LinearReport], calibration_sha256: str | None) -> str:
-    """Return the text of the card; the same for the same plan, so nothing timed is in it."""
-    recipe = plan.recipe
+def model_card(
+    request: Request, reports: Sequence[LinearReport], calibration_sha256: str | None, earlier: Sequence[Decided] = ()
+) -> str:
+    """Return the text of the card; the same for the same plan, so nothing timed is in it.
+
+    earlier: by what the first blocks were pruned, where that is not ``request``.
+    """
+    recipe = request.recipe
     zeros, elements = (
         sum(report.zeros for report in reports),
         sum(report.shape[0] * report.shape[1] for report in reports),
     )
-    lines = [f"- {key}: `{value}`" for key, value in [("method", recipe.method), ("pattern", plan.pattern)]]
-    lines += [f"- {key}: `{value}`" for key, value in plan.options.items()]
+    lines = [f"- {key}: `{value}`" for key, value in [("method", recipe.method), ("pattern", request.pattern)]]
+    lines += [f"- {key}: `{value}`" for key, value in request.options.items()]
     lines += [f"- sparsity: `{recipe.sparsity}`", f"- compute dtype: `{recipe.dtype}`"]
+    lines += [
+        f"- from block {each.first_block} on it was at first: "
+        + ", ".join(f"{key} `{each.fingerprint['recipe'][key]}`" for key in ("method", "pattern", "sparsity"))
+        for each in earlier
+    ]
     calibration = (
         "none"
         if calibration_sha256 is None
@@ -51,7 +62,7 @@ def model_card(plan: Plan, reports: Sequence[LinearReport], calibration_sha256: 
     body = _BODY.format(
         sparsity=zeros / elements if elements else 0.0,
         method=recipe.method,
-        pattern=plan.pattern,
+        pattern=request.pattern,
         zeros=zeros,
         elements=elements,
         linears=len(reports),
@@ -59,7 +70,7 @@ def model_card(plan: Plan, reports: Sequence[LinearReport], calibration_sha256: 
         calibration=calibration,
     )
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["billhook", "pruned"])
-    data.license = _source_license(plan.model.checkpoint.folder)
+    data.license = _source_license(request.model.checkpoint.folder)
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
 from billhook.layerworkers.allocator import return_large_blocks
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import InputError, Interrupted, RunError
+from billhook.orchestrator.interruption import GRACE_SECONDS, interruptible
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ def ending_with_code(command: Callable[..., None]) -> Callable[..., None]:
             raise _failed(error, 1) from error
         except OSError as error:
             raise _failed(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1) from error
-        except KeyboardInterrupt as error:
+        except (Interrupted, KeyboardInterrupt) as error:
             raise _failed("interrupted; the same command goes on from the last finished block", 130) from error
 
     return run
@@ -102,8 +103,8 @@ def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
         text += f" [default: {field.default}]"
     if name == "options":
         option = typer.Option("--set", metavar="NAME=VALUE", help=text + " May be repeated.")
-    elif name == "workers":
-        option = typer.Option(flag, metavar="N|auto", help=text)
+    elif _words(field.annotation):
+        option = typer.Option(flag, metavar="|".join(["N", *_words(field.annotation)]), help=text)
     elif field.annotation == ByteSize | None:
         option = typer.Option(flag, metavar="SIZE", help=text)
     elif kind == bool | None:
@@ -117,13 +118,19 @@ def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
 
 def _option_type(annotation: Any) -> Any:
     """Return what typer parses a recipe key as; None is always allowed and means: not given."""
-    if annotation in (int | Literal["auto"], ByteSize | None):
+    if annotation == ByteSize | None or _words(annotation):
         return str | None
     if typing.get_origin(annotation) in (dict, tuple):
         return list[str] | None
     if isinstance(annotation, UnionType):
         return annotation
     return annotation | None if isinstance(annotation, type) else typing.Optional[annotation]  # noqa: UP045 - Literal
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """Return the words that an option takes beside a number; none for an option of another kind."""
+    kinds = typing.get_args(annotation)
+    return typing.get_args(kinds[1]) if len(kinds) == 2 and typing.get_origin(kinds[1]) is Literal else ()
 
 
 def _given(values: dict[str, Any]) -> RunOptions:
@@ -134,11 +141,14 @@ def _given(values: dict[str, Any]) -> RunOptions:
     for key in ("include", "exclude"):
         if key in given:
             given[key] = tuple(given[key])
-    if "workers" in given and given["workers"] != "auto":
-        try:
-            given["workers"] = int(given["workers"])
-        except ValueError as error:
-            raise InputError(f"--workers {given['workers']}: expected a number or 'auto'") from error
+    for key, field in Resources.model_fields.items():
+        words = _words(field.annotation)
+        if words and key in given and given[key] not in words:
+            try:
+                given[key] = int(given[key])
+            except ValueError as error:
+                expected = ", ".join(["a number", *map(repr, words)])
+                raise InputError(f"--{key.replace('_', '-')} {given[key]}: expected one of {expected}") from error
     return typing.cast(RunOptions, given)
 
 
@@ -165,20 +175,46 @@ def plan_command(model: ModelArgument, recipe: RecipeFile = None, json_output: J
 @ending_with_code
 @with_run_options
 def prune_command(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sparse checkpoint.")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model folder or hub id.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sparse checkpoint.")
+    ] = None,
     recipe: RecipeFile = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="OUT", help="Go on with the run in OUT; needs no MODEL and no options."),
+    ] = None,
+    from_block: Annotated[
+        int | None, typer.Option(min=0, help="Keep the blocks before this one and redo the others.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")
+    ] = False,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal."),
+    ] = GRACE_SECONDS,
     json_output: Json = False,
     *,
     given: Any,
 ) -> None:
     """Prune a model into OUT, or go on with an interrupted run of the same plan."""
-    from billhook.orchestrator.driver import prune
+    from billhook.orchestrator import driver
     from billhook.orchestrator.printing import gibibytes
     from billhook.orchestrator.progress import shown_progress
 
-    with shown_progress() as progress:
-        result = prune(model, output, recipe=recipe, progress=progress, **given)
+    if (resume is None) == (model is None) or (resume is None) == (output is None):
+        raise InputError("prune: expected either MODEL and --output OUT, or --resume OUT")
+    if resume is not None and recipe is not None:
+        raise InputError("--resume: takes no --recipe; the run's own is in its journal")
+    with interruptible(grace) as interruption, shown_progress() as progress:
+        way: Any = {"from_block": from_block, "force": force, "progress": progress, "interruption": interruption}
+        if resume is not None:
+            result = driver.resume(resume, **way, **given)
+        else:
+            assert model is not None
+            assert output is not None
+            result = driver.prune(model, output, recipe=recipe, **way, **given)
     if json_output:
         _print_json(
             {
@@ -186,14 +222,14 @@ def prune_command(
                 "seconds": result.seconds,
                 "peak_bytes": result.peak_bytes,
                 "planned_bytes": result.planned_bytes,
-                "budgets": dataclasses.asdict(result.budgets),
+                "budgets": dataclasses.asdict(result.budgets) if result.budgets else None,
                 "output": str(result.output),
                 "blocks": result.blocks,
                 "already_finished": result.already_finished,
                 "linears": [dataclasses.asdict(linear) for linear in result.linears],
             }
         )
-    elif result.already_finished:
+    elif result.budgets is None:
         print(f"{result.output}: this run had already finished; nothing was done")
     else:
         print(
@@ -201,6 +237,22 @@ def prune_command(
             f"{result.sparsity:.4f}, {result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])} "
             f"(planned {gibibytes(result.planned_bytes['ram'])}, budget {gibibytes(result.budgets.ram)})"
         )
+
+
+@app.command("status")
+@ending_with_code
+def status_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Output of a running or ended prune.")],
+    json_output: Json = False,
+) -> None:
+    """Show how far a run is: while it goes on, or after it ended in whatever way."""
+    from billhook.orchestrator.status import status, status_as_text
+
+    found = status(output)
+    if json_output:
+        _print_json(dataclasses.asdict(found))
+    else:
+        print(status_as_text(found))
 
 
 @app.command("verify")

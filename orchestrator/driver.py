@@ -1,28 +1,39 @@
-"""Prune a model: plan, then block after block through the workers into the output."""
+"""Prune a model: block after block through the workers into the output, from wherever the journal says."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from billhook.layerworkers.errors import InputError
+from billhook.cluster.session import remove_leftovers
+from billhook.layerworkers.errors import InputError, Interrupted, RunError
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.tasks import BlockReport, LinearReport, ModuleTensor, Sample
+from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
 from billhook.orchestrator import output as out
 from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary
 from billhook.orchestrator.card import model_card
-from billhook.orchestrator.journal import FOLDER, append, read_journal
+from billhook.orchestrator.history import History, branch_point, read_history
+from billhook.orchestrator.interruption import Interruption
+from billhook.orchestrator.journal import FOLDER, append
+from billhook.orchestrator.keeping import create_kept, find_kept, kept_size_bytes, remove_kept
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, estimate, make_plan
 from billhook.orchestrator.printing import arrangement_as_text
-from billhook.orchestrator.recipe import RunOptions, read_options
+from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, read_options
+from billhook.orchestrator.request import make_request
 from billhook.orchestrator.workers import Progress, no_progress, worker_pool
+
+if TYPE_CHECKING:
+    from billhook.cluster.pool import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,9 @@ class PruneResult:
     peak_bytes: dict[str, int]
     """Measured vram, ram and disk of this node; 0 for what this command did not use."""
     planned_bytes: dict[str, int]
-    """The same, as planned."""
-    budgets: Budgets
+    """The same, as planned; empty when the run had already finished."""
+    budgets: Budgets | None
+    """None when the run had already finished."""
     blocks: int
     linears: tuple[LinearReport, ...]
     already_finished: bool
@@ -49,56 +61,127 @@ def prune(
     output: str | Path,
     *,
     recipe: str | Path | None = None,
+    from_block: int | None = None,
+    force: bool = False,
     progress: Progress | None = None,
+    interruption: Interruption | None = None,
     **options: Unpack[RunOptions],
 ) -> PruneResult:
     """Prune ``model`` into the folder ``output``; go on with an interrupted run of the same plan if it holds one.
 
     model: a folder or a Hugging Face hub id. recipe: a YAML file of options; ``options`` win over it.
+    from_block: keep the blocks before this one, and redo the others, with other options if wished.
+    force: go on with other versions of libraries, or on another kind of machine, than the run was begun with.
+    interruption: through which the caller can ask the run to end.
 
     Raises:
         InputError: the request or the input is wrong; no output is left behind.
+        Interrupted: the run was asked to end; the same call goes on from the last finished block.
         RunError: the run failed; the same call goes on from the last finished block.
     """
-    begin = time.monotonic()
     asked, resources = read_options(recipe, options)
-    report = progress or no_progress
-    target = user_path(output)  # absolute: workers have a working folder of their own
-    plan = make_plan(model, asked, resources, target)
-    out.check_free(target, plan.model.checkpoint)
-    report("plan", 1, 1, arrangement_as_text(plan))
+    return _prune(
+        str(model),
+        user_path(output),
+        (asked, resources),
+        from_block,
+        force,
+        progress or no_progress,
+        interruption or Interruption(),
+    )
+
+
+def resume(
+    output: str | Path,
+    *,
+    from_block: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    interruption: Interruption | None = None,
+    **options: Unpack[RunOptions],
+) -> PruneResult:
+    """Go on with the run in ``output`` as it was asked for; ``options`` win over what was. See :func:`prune`."""
+    target = user_path(output)
+    history = read_history(target) if target.is_dir() else None
+    if history is None or not history.decided:
+        raise InputError(f"--resume {output}: holds no billhook run; begin one with 'billhook prune MODEL -o {output}'")
+    before = history.decided[-1].asked
+    merged = {**before["recipe"], **before["resources"], **options}
+    asked, resources = read_options(None, cast(RunOptions, merged))
+    return _prune(
+        before["model"],
+        target,
+        (asked, resources),
+        from_block,
+        force,
+        progress or no_progress,
+        interruption or Interruption(),
+    )
+
+
+def _prune(
+    model: str,
+    target: Path,
+    asked: tuple[Recipe, Resources],
+    from_block: int | None,
+    force: bool,
+    report: Progress,
+    interruption: Interruption,
+) -> PruneResult:
+    begin = time.monotonic()
+    recipe, resources = asked
+    request = make_request(model, recipe)
+    checkpoint, blocks = request.model.checkpoint, len(request.model.layout.blocks)
+    out.check_free(target, checkpoint)
     windows = None
-    if plan.method.statistic is not None:
-        windows = calibration_windows(plan.recipe, plan.model.checkpoint.folder, plan.model.config)
-        check_vocabulary(windows, plan.model.layout.stem.embedding.shape[0], str(plan.recipe.calibration))
-    fingerprint = plan.fingerprint(windows.sha256 if windows else None)
+    if request.samples:
+        windows = calibration_windows(request.recipe, checkpoint.folder, request.model.config)
+        check_vocabulary(windows, request.model.layout.stem.embedding.shape[0], str(recipe.calibration))
+    fingerprint = request.fingerprint(windows.sha256 if windows else None)
     existed = target.is_dir()
     with out.locked(target):
-        finished = _finished(target, fingerprint)
-        if not finished:
-            fresh = not read_journal(target)
-            try:
-                if fresh:
-                    out.create_shards(target, plan.model.checkpoint)
-                    append(target, "plan", {"fingerprint": fingerprint, "source": str(plan.model.checkpoint.folder)})
-                peak = _run(plan, windows, target, report)
-                _finish(plan, windows, target)
-            except InputError:
-                if not any(line["kind"] == "block" for line in read_journal(target)):
-                    out.remove_output(target, plan.model.checkpoint, keep_folder=existed)
-                raise
-    linears = _reports(target)
-    disk = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+        history = read_history(target)
+        branch = branch_point(history, fingerprint, from_block, force, str(target))
+        if history.done is not None and branch is None:
+            linears = _reports(history)
+            unused = {"vram": 0, "ram": 0, "disk": _size_bytes(target)}
+            return PruneResult(target, sparsity_of(linears), 0.0, unused, {}, None, blocks, linears, True)
+        try:
+            remove_leftovers()
+            out.wait_for_orphans(target)
+            plan = make_plan(request, resources, target)
+            report("plan", 1, 1, arrangement_as_text(plan))
+            decided = {
+                "fingerprint": fingerprint,
+                "source": str(checkpoint.folder),
+                "asked": _with_absolute_paths(model, recipe, resources),
+            }
+            if not history.decided:
+                out.create_shards(target, checkpoint)
+                append(target, "plan", decided)
+            elif branch is not None:
+                append(target, "branch", {"from_block": branch, **decided})
+            append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
+            peak = _run(plan, windows, target, report, interruption)
+            _finish(plan, windows, target)
+        except (InputError, RunError, Interrupted, KeyboardInterrupt) as error:
+            if isinstance(error, InputError) and branch is None and not read_history(target).blocks:
+                out.remove_output(target, checkpoint, keep_folder=existed)
+            else:
+                with contextlib.suppress(RunError):  # it may be the disk that failed
+                    append(target, "error", {"type": type(error).__name__, "message": str(error) or "interrupted"})
+            raise
+    linears = _reports(read_history(target))
     return PruneResult(
         target,
         sparsity_of(linears),
-        0.0 if finished else time.monotonic() - begin,
-        {"vram": 0, "ram": 0, "disk": disk} if finished else {**peak, "disk": peak["disk"] + disk},
+        time.monotonic() - begin,
+        {**peak, "disk": peak["disk"] + _size_bytes(target)},
         estimate(plan).peak_bytes,
         plan.budgets,
-        len(plan.model.layout.blocks),
+        blocks,
         linears,
-        finished,
+        False,
     )
 
 
@@ -108,78 +191,126 @@ def sparsity_of(linears: Sequence[LinearReport]) -> float:
     return sum(linear.zeros for linear in linears) / elements if elements else 0.0
 
 
-def _finished(output: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether the output holds this very run, finished.
-
-    Raises:
-        InputError: when it holds another run: the keys that differ are named.
-    """
-    lines = read_journal(output)
-    if not lines:
-        return False
-    differing = _differences(lines[0]["fingerprint"], json.loads(json.dumps(fingerprint)))
-    if differing:
-        raise InputError(
-            f"-o {output}: holds a run with another plan; it differs in {'; '.join(differing[:6])}. "
-            "Give the same options to go on with it, or choose another folder"
-        )
-    return bool(lines[-1]["kind"] == "done")
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line for key in keys for line in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if old == new else [f"{name}: {old!r} there, {new!r} asked for"]
+def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> dict[str, Any]:
+    """Return what was asked for as JSON values that mean the same in any working folder."""
+    asked: dict[str, Any] = {
+        "model": model,
+        "recipe": recipe.model_dump(mode="json"),
+        "resources": resources.model_dump(mode="json"),
+    }
+    if user_path(model).is_dir():
+        asked["model"] = str(user_path(model))
+    calibration, scratch = recipe.calibration, resources.scratch
+    if calibration is not None and user_path(calibration).is_file():
+        asked["recipe"]["calibration"] = str(user_path(calibration))
+    if scratch is not None:
+        asked["resources"]["scratch"] = str(user_path(scratch))
+    return asked
 
 
-def _run(plan: Plan, windows: Windows | None, output: Path, report: Progress) -> dict[str, int]:
+def _size_bytes(output: Path) -> int:
+    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+
+
+def _run(
+    plan: Plan, windows: Windows | None, output: Path, report: Progress, interruption: Interruption
+) -> dict[str, int]:
     """Commit every block that is not committed yet, and the tensors outside the blocks; return peaks by tier."""
-    committed = {line["index"] for line in read_journal(output) if line["kind"] == "block"}
-    total = len(plan.model.layout.blocks)
-    if len(committed) < total:
-        scratch_folder = str(user_path(plan.scratch) if plan.scratch else output / FOLDER)
-        setup = plan.model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch_folder)
-        with worker_pool(setup, plan.workers, report) as (pool, memory):
-            samples = _deal_samples(plan, windows)
-            pool.start(plan.model.layout.stem, samples)
-            blocks = plan.model.layout.blocks
-            for block in blocks:
-                if block.index in committed and windows is not None:
-                    pool.forward_block(block.index, _in_output(block.tensors, output))
-                    report("replay", block.index + 1, total, "")
-            tasks = (plan.task(block.index, output) for block in blocks if block.index not in committed)
-            for done in pool.prune_blocks(tasks):
-                append(output, "block", {"index": done.index, "linears": [dataclasses.asdict(r) for r in done.linears]})
-                timed = {
-                    "began": done.began,
-                    "seconds": done.seconds,
-                    "waited_seconds": done.waited_seconds,
-                    "ram": memory.peak_bytes,
-                }
-                _event(output, {"event": "block", "index": done.index, **timed})
-                report("prune", done.index + 1, total, _describe(done))
-            scratch = pool.scratch_bytes()
-            vram = pool.peak_vram_bytes()
-        peak = {"vram": vram, "ram": memory.peak_bytes, "disk": scratch}
-    else:
-        peak = {"vram": 0, "ram": 0, "disk": 0}
-    if not any(line["kind"] == "rest" for line in read_journal(output)):
+    history, layout = read_history(output), plan.request.model.layout
+    unpruned = len(history.blocks) < len(layout.blocks)
+    if unpruned or not history.rest_copied:
+        out.unseal(output, plan.request.model.checkpoint)
+    peak = {"vram": 0, "ram": 0, "disk": 0}
+    if unpruned:
+        try:
+            peak = _run_blocks(plan, windows, output, history, report, interruption)
+        except RunError as error:
+            if interruption.asked:  # a signal to the whole process group ends the workers too
+                raise Interrupted(str(error)) from error
+            raise
+    if not history.rest_copied:
         report("copy", 0, 1, "tensors outside the blocks")
-        out.copy_tensors(plan.model.layout.rest, output)
-        append(output, "rest", {"tensors": len(plan.model.layout.rest)})
+        out.copy_tensors(layout.rest, output)
+        append(output, "rest", {"tensors": len(layout.rest)})
     return peak
+
+
+def _run_blocks(
+    plan: Plan, windows: Windows | None, output: Path, history: History, report: Progress, interruption: Interruption
+) -> dict[str, int]:
+    model, total = plan.request.model, len(plan.request.model.layout.blocks)
+    scratch = str(user_path(plan.scratch) if plan.scratch else output / FOLDER)
+    lock = str(out.workers_lock(output))
+    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, lock)
+    kept_bytes = 0
+    with worker_pool(setup, plan.workers, report, interruption.deadline) as (pool, memory), interruption.polled():
+        pool.start(model.layout.stem, _deal_samples(plan, windows))
+        if windows is not None:
+            _carry_on(plan, pool, output, history, report, interruption)
+        for done in pool.prune_blocks(_tasks(plan, len(history.blocks), output, interruption)):
+            keeps = plan.keeps_inputs_of(done.index + 1)
+            linears = [dataclasses.asdict(linear) for linear in done.linears]
+            seconds = round(done.seconds, 3)
+            append(output, "block", {"index": done.index, "linears": linears, "seconds": seconds, "kept_inputs": keeps})
+            if keeps:
+                kept_bytes = max(kept_bytes, kept_size_bytes(output))
+                remove_kept(output, except_block=done.index + 1)
+            timed = {
+                "began": done.began,
+                "seconds": done.seconds,
+                "waited_seconds": done.waited_seconds,
+                "ram": memory.peak_bytes,
+            }
+            _event(output, {"event": "block", "index": done.index, **timed})
+            report("prune", done.index + 1, total, _describe(done))
+        _check_asked(interruption)
+        peak = {"vram": pool.peak_vram_bytes(), "disk": pool.scratch_bytes() + kept_bytes}
+    return {**peak, "ram": memory.peak_bytes}
+
+
+def _carry_on(
+    plan: Plan, pool: WorkerPool, output: Path, history: History, report: Progress, interruption: Interruption
+) -> None:
+    """Carry the samples through the committed blocks, from the last kept inputs on."""
+    blocks, committed, begin = plan.request.model.layout.blocks, len(history.blocks), 0
+    if history.kept_inputs is not None:
+        kept = find_kept(output, history.kept_inputs, plan.request.samples, plan.hidden_bytes)
+        if kept is not None:
+            pool.restore_inputs(kept)
+            begin = history.kept_inputs
+    for block in blocks[begin:committed]:
+        _check_asked(interruption)
+        ahead = plan.arrangement.placements[block.index].read_ahead
+        later = blocks[block.index + 1 : committed][:1] if ahead else ()
+        tensors = [_in_output(each.tensors, output) for each in (block, *later)]
+        pool.forward_block(block.index, *tensors)
+        report("replay", block.index + 1, len(blocks), "")
+
+
+def _tasks(plan: Plan, first: int, output: Path, interruption: Interruption) -> Iterator[BlockTask]:
+    """Yield the tasks of the blocks from ``first`` on, as long as nobody asks to end."""
+    for block in plan.request.model.layout.blocks[first:]:
+        if interruption.asked:
+            return
+        after, samples = block.index + 1, plan.request.samples
+        keep = create_kept(output, after, samples, plan.hidden_bytes) if plan.keeps_inputs_of(after) else None
+        yield plan.task(block.index, output, keep)
+
+
+def _check_asked(interruption: Interruption) -> None:
+    if interruption.asked:
+        raise Interrupted("ended between two blocks")
 
 
 def _deal_samples(plan: Plan, windows: Windows | None) -> list[list[Sample]]:
     """Give each worker a consecutive range of whole partitions."""
     if windows is None:
         return [[] for _ in range(plan.workers.count)]
-    size = plan.recipe.partition_samples
+    size = plan.request.recipe.partition_samples
     samples = [Sample(index, tokens) for index, tokens in enumerate(windows.tokens)]
-    return [samples[start * size : stop * size] for start, stop in even_ranges(plan.partitions, plan.workers.count)]
+    return [
+        samples[start * size : stop * size] for start, stop in even_ranges(plan.request.partitions, plan.workers.count)
+    ]
 
 
 def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTensor, ...]:
@@ -193,21 +324,30 @@ def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTen
 
 
 def _finish(plan: Plan, windows: Windows | None, output: Path) -> None:
-    reports = _reports(output)
+    request, history = plan.request, read_history(output)
+    reports = _reports(history)
     sha256 = windows.sha256 if windows else None
-    out.seal(output, plan.model.checkpoint, model_card(plan, reports, sha256))
-    fingerprint = plan.fingerprint(sha256)
+    *earlier, current = history.decided
+    out.seal(output, request.model.checkpoint, model_card(request, reports, sha256, earlier))
     manifest = out.write_manifest(
-        output, {**fingerprint, "pattern": str(plan.pattern), "sparsity": sparsity_of(reports), "linears": reports}
+        output,
+        {
+            **current.fingerprint,
+            "pattern": str(request.pattern),
+            "sparsity": sparsity_of(reports),
+            "linears": reports,
+            "from_block": current.first_block,
+            "earlier": [{"from_block": each.first_block, **each.fingerprint} for each in earlier],
+        },
     )
+    remove_kept(output)
     append(output, "done", {"manifest": manifest})
 
 
-def _reports(output: Path) -> tuple[LinearReport, ...]:
-    blocks = sorted((line for line in read_journal(output) if line["kind"] == "block"), key=lambda line: line["index"])
+def _reports(history: History) -> tuple[LinearReport, ...]:
     return tuple(
         LinearReport(**{**linear, "shape": tuple(linear["shape"]), "dampings": tuple(linear["dampings"])})
-        for block in blocks
+        for block in history.blocks
         for linear in block["linears"]
     )
 

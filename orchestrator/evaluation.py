@@ -32,9 +32,10 @@ from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_w
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.phases import Job, Need
 from billhook.orchestrator.placing import Arrangement, arrange
-from billhook.orchestrator.planning import block_work, check_context
+from billhook.orchestrator.planning import block_work
 from billhook.orchestrator.probe import measured_rates
 from billhook.orchestrator.recipe import RunOptions, read_options
+from billhook.orchestrator.request import check_context
 from billhook.orchestrator.workers import Progress, Workers, no_progress, worker_pool
 
 

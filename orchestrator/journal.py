@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.files import disk_failure, sync_file
 
 FOLDER = "billhook"
 """Folder within the output that holds everything that is not the checkpoint."""
@@ -38,7 +39,7 @@ def read_journal(output: Path) -> list[Line]:
 
 
 def append(output: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Append one line and wait until it is on the disk: from then on it holds.
+    """Append one line, with the time, and wait until it is on the disk: from then on it holds.
 
     Whatever lies after the last good line, such as a torn one, is cut off first.
 
@@ -47,7 +48,7 @@ def append(output: Path, kind: str, content: Mapping[str, Any]) -> None:
     """
     path = journal_path(output)
     good = sum(len(_encode(line)) for line in read_journal(output))
-    data = _encode({"kind": kind, **content})
+    data = _encode({"kind": kind, "time": round(time.time(), 3), **content})
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
@@ -58,9 +59,9 @@ def append(output: Path, kind: str, content: Mapping[str, Any]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        _sync_folder(path.parent)
+        sync_file(str(path.parent))
     except OSError as error:
-        raise RunError(f"{path}: write failed: {error.strerror}; run the same command again once mended") from error
+        raise disk_failure(str(path), "writing", error) from error
 
 
 def _encode(line: Line) -> bytes:
@@ -76,11 +77,3 @@ def _checked(text: bytes) -> Line | None:
     except (ValueError, KeyError, AttributeError):
         return None
     return line if _encode(line) == text + b"\n" else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

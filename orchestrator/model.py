@@ -38,8 +38,8 @@ class Model:
     trust_remote_code: bool
     skeleton: Skeleton
 
-    def worker_setup(self, threads: int, activations: str = "device", scratch: str = "") -> WorkerSetup:
-        """Return how a worker with ``threads`` CPU threads computes with this model, and where it keeps activations."""
+    def worker_setup(self, threads: int, activations: str = "device", scratch: str = "", lock: str = "") -> WorkerSetup:
+        """Return how a worker with ``threads`` CPU threads computes with this model; see :class:`WorkerSetup`."""
         return WorkerSetup(
             str(self.checkpoint.folder),
             self.dtype,
@@ -48,6 +48,7 @@ class Model:
             self.trust_remote_code,
             activations,
             scratch,
+            lock,
         )
 
 

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.files import read_bytes, sync_file, write_bytes
+from billhook.layerworkers.files import disk_failure, read_bytes, sync_file, write_bytes
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.journal import FOLDER
@@ -25,6 +26,17 @@ COPY_BYTES = 16 << 20
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
+"""Held by the one command that writes here."""
+
+WORKERS_LOCK = "workers.lock"
+"""Held, shared, by every worker that may write here."""
+
+LOCK_SECONDS = 2.0
+"""How long to wait for a lock that ``billhook status`` may be looking at."""
+
+ORPHANS_SECONDS = 30.0
+"""How long to wait for the workers of a dead command to end."""
+
 CARD = "README.md"
 
 
@@ -67,15 +79,57 @@ def locked(output: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"-o {output}: cannot be written to: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"-o {output}: another billhook is writing to it; wait for it, or choose another"
-            ) from error
+        if not _lock_within(descriptor, LOCK_SECONDS):
+            raise InputError(f"-o {output}: another billhook is writing to it; wait for it, or choose another")
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(output: Path) -> bool:
+    """Whether a command is writing to the output."""
+    try:
+        descriptor = os.open(output / FOLDER / LOCK, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
+    try:
+        return not _lock_within(descriptor, 0.0, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def workers_lock(output: Path) -> Path:
+    """Return the file that workers hold a lock on while they may write to the output."""
+    return output / FOLDER / WORKERS_LOCK
+
+
+def wait_for_orphans(output: Path) -> None:
+    """Wait until no worker of an earlier command can write to the output any more.
+
+    Raises:
+        RunError: when that takes too long.
+    """
+    descriptor = os.open(workers_lock(output), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if not _lock_within(descriptor, ORPHANS_SECONDS):
+            raise RunError(
+                f"{workers_lock(output)}: workers of an earlier command still hold it after {ORPHANS_SECONDS:g} s; end "
+                "their processes and run the same command again"
+            )
+    finally:
+        os.close(descriptor)
+
+
+def _lock_within(descriptor: int, seconds: float, kind: int = fcntl.LOCK_EX) -> bool:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.05)
 
 
 def create_shards(output: Path, checkpoint: Checkpoint) -> None:
@@ -93,7 +147,26 @@ def create_shards(output: Path, checkpoint: Checkpoint) -> None:
                 os.fsync(file.fileno())
         sync_file(str(output))
     except OSError as error:
-        raise RunError(f"{output}: creating the shards failed: {error.strerror}") from error
+        raise disk_failure(f"{output}/", "creating the shards", error) from error
+
+
+def unseal(output: Path, checkpoint: Checkpoint) -> None:
+    """Mark the shards as unfinished again, where they were finished, and take the manifest away.
+
+    Raises:
+        RunError: when a disk fails, or a shard is gone.
+    """
+    try:
+        (output / FOLDER / MANIFEST).unlink(missing_ok=True)
+        for shard in checkpoint.shards:
+            part = output / f"{shard.name}.part"
+            if not part.exists():
+                (output / shard.name).rename(part)
+        sync_file(str(output))
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename}: is gone; remove {output} and begin again") from error
+    except OSError as error:
+        raise disk_failure(f"{output}/", "renaming a shard", error) from error
 
 
 def remove_output(output: Path, checkpoint: Checkpoint, keep_folder: bool) -> None:
@@ -141,9 +214,7 @@ def seal(output: Path, checkpoint: Checkpoint, card: str) -> None:
         for path in [*output.iterdir(), output]:
             sync_file(str(path))
     except OSError as error:
-        raise RunError(
-            f"{output}: finishing failed: {error.strerror}; run the same command again once mended"
-        ) from error
+        raise disk_failure(f"{output}/", "finishing", error) from error
 
 
 def write_manifest(output: Path, content: Mapping[str, Any]) -> str:
@@ -159,7 +230,7 @@ def write_manifest(output: Path, content: Mapping[str, Any]) -> str:
         path.write_text(data, encoding="utf-8")
         sync_file(str(path))
     except OSError as error:
-        raise RunError(f"{path}: write failed: {error.strerror}; run the same command again once mended") from error
+        raise disk_failure(str(path), "writing", error) from error
     return hashlib.sha256(data.encode()).hexdigest()
 
 

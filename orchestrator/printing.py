@@ -20,25 +20,26 @@ def gibibytes(size_bytes: float) -> str:
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan's document."""
+    request = plan.request
     return {
-        "model": str(plan.model.checkpoint.folder),
-        "method": plan.recipe.method,
-        "options": plan.options,
-        "pattern": str(plan.pattern),
-        "sparsity": float(plan.pattern.sparsity),
-        "dtype": plan.recipe.dtype,
-        "device": plan.recipe.device,
+        "model": str(request.model.checkpoint.folder),
+        "method": request.recipe.method,
+        "options": request.options,
+        "pattern": str(request.pattern),
+        "sparsity": float(request.pattern.sparsity),
+        "dtype": request.recipe.dtype,
+        "device": request.recipe.device,
         "workers": plan.workers.count,
-        "samples": plan.recipe.samples if plan.method.statistic is not None else 0,
-        "seqlen": plan.recipe.seqlen,
-        "blocks": len(plan.model.layout.blocks),
+        "samples": request.recipe.samples if request.method.statistic is not None else 0,
+        "seqlen": request.recipe.seqlen,
+        "blocks": len(request.model.layout.blocks),
         "linears": [
             {"name": linear.disk_name, "shape": list(linear.shape), "block": block.index}
-            for block, linears in zip(plan.model.layout.blocks, plan.linears, strict=True)
+            for block, linears in zip(request.model.layout.blocks, request.linears, strict=True)
             for linear in linears
         ],
-        "skipped": [*(linear.disk_name for linear in plan.skipped), *plan.other_matrices],
-        "unknown": list(plan.unknown),
+        "skipped": [*(linear.disk_name for linear in request.skipped), *request.other_matrices],
+        "unknown": list(request.unknown),
         **dataclasses.asdict(estimate(plan)),
         "misfit": plan.misfit,
         "budgets": dataclasses.asdict(plan.budgets),
@@ -61,29 +62,30 @@ def _arrangement_as_json(arrangement: Arrangement) -> dict[str, Any]:
 
 def plan_as_text(plan: Plan) -> str:
     """Return the plan as a page for a person."""
-    taken, recipe = estimate(plan), plan.recipe
-    chosen = [linear for linears in plan.linears for linear in linears]
+    taken, request = estimate(plan), plan.request
+    recipe = request.recipe
+    chosen = [linear for linears in request.linears for linear in linears]
     weights = sum(linear.shape[0] * linear.shape[1] for linear in chosen)
-    options = ", ".join(f"{key}={value}" for key, value in plan.options.items())
+    options = ", ".join(f"{key}={value}" for key, value in request.options.items())
     lines = [
-        f"model      {plan.model.checkpoint.folder}",
-        f"           {len(plan.model.layout.blocks)} blocks, {gibibytes(plan.model.checkpoint.size_bytes)} in "
-        f"{len(plan.model.checkpoint.shards)} shard(s)",
-        f"method     {recipe.method}{f' ({options})' if options else ''}, pattern {plan.pattern}, "
-        f"sparsity {float(plan.pattern.sparsity):g}",
+        f"model      {request.model.checkpoint.folder}",
+        f"           {len(request.model.layout.blocks)} blocks, {gibibytes(request.model.checkpoint.size_bytes)} in "
+        f"{len(request.model.checkpoint.shards)} shard(s)",
+        f"method     {recipe.method}{f' ({options})' if options else ''}, pattern {request.pattern}, "
+        f"sparsity {float(request.pattern.sparsity):g}",
         f"prunes     {len(chosen)} linears, {weights:,} weights: {', '.join(_kinds(chosen))}",
-        f"leaves     {len(plan.skipped)} linears in the blocks"
-        + (f": {', '.join(_kinds(list(plan.skipped)))}" if plan.skipped else ""),
+        f"leaves     {len(request.skipped)} linears in the blocks"
+        + (f": {', '.join(_kinds(list(request.skipped)))}" if request.skipped else ""),
     ]
-    if plan.other_matrices:
+    if request.other_matrices:
         lines.append(
-            f"           {len(plan.other_matrices)} matrices that are no linears: {plan.other_matrices[0]} ..."
+            f"           {len(request.other_matrices)} matrices that are no linears: {request.other_matrices[0]} ..."
         )
-    if plan.unknown:
+    if request.unknown:
         lines.append(
-            f"copies     {len(plan.unknown)} tensors in blocks that the model does not use: {plan.unknown[0]} ..."
+            f"copies     {len(request.unknown)} tensors in blocks that the model does not use: {request.unknown[0]} ..."
         )
-    if plan.method.statistic is not None:
+    if request.method.statistic is not None:
         lines.append(
             f"calibrates {recipe.samples} samples of {recipe.seqlen} tokens from {recipe.calibration or '(not given)'}"
         )
@@ -110,26 +112,26 @@ def plan_as_text(plan: Plan) -> str:
 
 def arrangement_as_text(plan: Plan) -> str:
     """Return in one line what a run will take and how it will go about it."""
-    taken = estimate(plan)
+    taken, device = estimate(plan), plan.request.recipe.device
     return (
         f"{plan.workers.count} worker(s), peak RAM {gibibytes(taken.peak_bytes['ram'])} of "
-        f"{gibibytes(plan.budgets.ram)}, activations on {_tier(plan.arrangement.activations, plan.recipe.device)}; "
-        + "; ".join(_ways(plan.arrangement, plan.recipe.device))
+        f"{gibibytes(plan.budgets.ram)}, activations on {_tier(plan.arrangement.activations, device)}; "
+        + "; ".join(_ways(plan.arrangement, device))
     )
 
 
 def _budgets(plan: Plan) -> str:
-    budgets = plan.budgets
+    budgets, on_gpu = plan.budgets, plan.request.recipe.device == "cuda"
     parts = [f"RAM {gibibytes(budgets.ram)}"]
     if budgets.vram is not None:
-        parts.append(f"{'GPU' if plan.recipe.device == 'cuda' else 'device part of RAM'} {gibibytes(budgets.vram)}")
+        parts.append(f"{'GPU' if on_gpu else 'device part of RAM'} {gibibytes(budgets.vram)}")
     if budgets.disk is not None:
         parts.append(f"disk {gibibytes(budgets.disk)}")
     return ", ".join(parts)
 
 
 def _phases(plan: Plan) -> list[str]:
-    on_cpu = plan.recipe.device == "cpu"
+    on_cpu = plan.request.recipe.device == "cpu"
     return [
         f"{name}: RAM {gibibytes(need.ram)}"
         + ("" if on_cpu else f", GPU {gibibytes(need.device)}")

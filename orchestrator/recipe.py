@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
@@ -80,6 +80,11 @@ class Resources(BaseModel):
         "auto", description="Where partial sums of statistics wait for each other."
     )
 
+    keep_inputs: Annotated[int, Field(ge=1)] | Literal["auto", "never"] = Field(
+        "auto",
+        description="After how many blocks the next one's inputs are kept on disk, for a run that is interrupted.",
+    )
+
     @field_validator("workers")
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
@@ -119,6 +124,7 @@ class RunOptions(TypedDict, total=False):
     activations: Literal["auto", "device", "ram", "disk"]
     intermediates: Literal["auto", "hold", "spill", "replay"]
     statistics: Literal["auto", "device", "ram", "disk"]
+    keep_inputs: int | Literal["auto", "never"]
 
 
 def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Recipe, Resources]:

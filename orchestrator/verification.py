@@ -15,8 +15,9 @@ from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.patterns import NM, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from billhook.orchestrator.history import Decided, read_history
 from billhook.orchestrator.inspection import most_kept, pieces
-from billhook.orchestrator.journal import FOLDER, read_journal
+from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, is_ours, read_manifest, sha256_of
 from billhook.orchestrator.paths import user_path
 
@@ -55,22 +56,22 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     folder = user_path(output)
     if not folder.is_dir() or not is_ours(folder):
         raise InputError(f"{output}: no billhook run in this folder; 'billhook inspect' reads any checkpoint")
-    lines = read_journal(folder)
-    if not lines or lines[-1]["kind"] != "done":
+    history = read_history(folder)
+    if history.done is None:
         raise InputError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
     problems: list[Problem] = []
     manifest = read_manifest(folder)
     manifest_path = folder / FOLDER / MANIFEST
-    if hashlib.sha256(manifest_path.read_bytes()).hexdigest() != lines[-1]["manifest"]:
+    if hashlib.sha256(manifest_path.read_bytes()).hexdigest() != history.done["manifest"]:
         problems.append(Problem(f"{FOLDER}/{MANIFEST}", "differs from what the journal committed"))
     problems += _check_files(folder, manifest)
     checked = 0
-    source = _source(against, lines[0])
+    source = _source(against, history.decided[-1])
     try:
         checkpoint = open_checkpoint(folder)
         checked = len(checkpoint.tensors)
         for linear in manifest["linears"]:
-            problems += _check_linear(checkpoint, linear, manifest["pattern"])
+            problems += _check_linear(checkpoint, linear)
         if source is not None:
             problems += _check_against(checkpoint, source, {linear["name"] for linear in manifest["linears"]})
     except (InputError, RunError) as error:
@@ -80,14 +81,14 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     return Verification(not problems, tuple(problems), checked, str(source.folder) if source else None)
 
 
-def _source(against: str | Path | None, plan_line: dict[str, Any]) -> Checkpoint | None:
+def _source(against: str | Path | None, decided: Decided) -> Checkpoint | None:
     if against is not None:
         return open_checkpoint(resolve_model(against))
     try:
-        source = open_checkpoint(Path(plan_line["source"]))
+        source = open_checkpoint(Path(decided.source))
     except InputError:
         return None
-    return source if source.sha256() == plan_line["fingerprint"]["checkpoint"] else None
+    return source if source.sha256() == decided.fingerprint["checkpoint"] else None
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
@@ -102,13 +103,13 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(name, "its sha256 differs from the manifest's")
 
 
-def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any], pattern_text: str) -> Iterator[Problem]:
+def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any]) -> Iterator[Problem]:
     name = linear["name"]
     entry = checkpoint.tensors.get(name)
     if entry is None:
         yield Problem(name, "was pruned according to the manifest, but is not in the checkpoint")
         return
-    pattern = parse_pattern(pattern_text, None)
+    pattern = parse_pattern(linear["pattern"], None)
     zeros, kept, bad, negative_zeros = 0, 0, 0, 0
     for piece in pieces(entry):
         is_zero = piece == 0

@@ -34,8 +34,12 @@ class Workers:
 
 
 @contextmanager
-def worker_pool(setup: WorkerSetup, workers: Workers, progress: Progress) -> Iterator[tuple[WorkerPool, PeakMemory]]:
+def worker_pool(
+    setup: WorkerSetup, workers: Workers, progress: Progress, deadline: Callable[[], float | None] = lambda: None
+) -> Iterator[tuple[WorkerPool, PeakMemory]]:
     """Start or join Ray and start the workers; end all of it again.
+
+    deadline: see :class:`WorkerPool`.
 
     Raises:
         InputError, RunError: as the session and the pool do.
@@ -46,5 +50,5 @@ def worker_pool(setup: WorkerSetup, workers: Workers, progress: Progress) -> Ite
     with ray_session(workers.address, cpus, gpus, store_bytes(workers.count)), PeakMemory() as memory:
         from billhook.cluster.pool import WorkerPool  # imports ray, which must see the session's environment
 
-        with WorkerPool(setup, workers.count) as pool:
+        with WorkerPool(setup, workers.count, deadline) as pool:
             yield pool, memory

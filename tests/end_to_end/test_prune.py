@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -117,8 +118,7 @@ def test_a_disk_that_fills_up_is_said_with_figures_and_the_run_goes_on_once_ther
     )
     first, *listed, second = done.stdout.split()
     assert (first, second) == ("1", "0"), done.stderr
-    assert "the disk is full" in done.stderr
-    assert "bytes did not fit" in done.stderr
+    assert re.search(r"the disk is full: .* failed, \d+ bytes are free", done.stderr), done.stderr
     assert any(name.endswith(".part") for name in listed)
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -209,8 +209,9 @@ def interrupted(source: Path, output: Path, blocks: int, **options: Any) -> None
         shard.rename(shard.with_name(shard.name + ".part"))
     for name in ("README.md", "config.json"):
         (output / name).unlink()
-    for line in lines[: 1 + blocks]:
-        append(output, line.pop("kind"), line)
+    for line in lines:
+        if line["kind"] in ("plan", "start") or line.get("index", blocks) < blocks:
+            append(output, line.pop("kind"), line)
     with journal_path(output).open("ab") as file:
         file.write(b'{"kind":"block","index":2,"li')
     for part in output.glob("*.part"):
@@ -270,7 +271,7 @@ def test_nan_in_a_later_block_leaves_a_resumable_output(llama: Path, text_file: 
     options: dict[str, Any] = {"calibration": str(text_file), "workers": 1, **CALIBRATION}
     with pytest.raises(InputError, match=r"model\.layers\.2\.input_layernorm\.weight"):
         prune(folder, tmp_path / "out", **options)
-    assert [line["kind"] for line in read_journal(tmp_path / "out")] == ["plan", "block", "block"]
+    assert [line["kind"] for line in read_journal(tmp_path / "out")] == ["plan", "start", "block", "block", "error"]
     with pytest.raises(InputError, match="not finished"):
         verify(tmp_path / "out")
     with pytest.raises(InputError, match="unfinished run"):

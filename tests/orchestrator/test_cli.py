@@ -144,7 +144,7 @@ def test_an_interrupt_exits_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("billhook.orchestrator.driver.make_plan", interrupt)
+    monkeypatch.setattr("billhook.orchestrator.driver.make_request", interrupt)
     code, out, err = run("prune", llama, "-o", "out", capsys=capsys, monkeypatch=monkeypatch)
     assert (code, out) == (130, "")
     assert "the same command goes on" in err

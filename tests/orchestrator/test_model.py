@@ -40,12 +40,12 @@ def test_auto_workers_are_no_more_than_are_useful() -> None:
 
 def test_float16_is_computed_in_float32_on_a_cpu(make_model: object, tmp_path: Path) -> None:
     folder = make_model(dtype=torch.float16)  # type: ignore[operator]
-    assert plan(folder, method="magnitude", device="cpu").model.dtype == "float32"
-    assert plan(folder, method="magnitude", device="cpu", dtype="bfloat16").model.dtype == "bfloat16"
+    assert plan(folder, method="magnitude", device="cpu").request.model.dtype == "float32"
+    assert plan(folder, method="magnitude", device="cpu", dtype="bfloat16").request.model.dtype == "bfloat16"
 
 
 def test_linears_with_one_input_form_a_group(llama: Path) -> None:
-    block = plan(llama, method="magnitude").model.layout.blocks[0]
+    block = plan(llama, method="magnitude").request.model.layout.blocks[0]
     assert [(linear.name, linear.group) for linear in block.linears] == [
         ("self_attn.q_proj", 0),
         ("self_attn.k_proj", 0),

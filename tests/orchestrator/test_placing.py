@@ -51,7 +51,10 @@ def ram(made: Plan) -> int:
 
 def test_a_folder_with_a_config_only_is_planned_from_the_shapes_it_implies(shape_of_8b: Path) -> None:
     made = planned(shape_of_8b)
-    assert sum(a * b for linears in made.linears for a, b in (linear.shape for linear in linears)) == 2 * 218_103_808
+    assert (
+        sum(a * b for linears in made.request.linears for a, b in (linear.shape for linear in linears))
+        == 2 * 218_103_808
+    )
     document = plan_as_json(made)
     assert document["fits"]
     assert document["bytes_written"] >= 2 * (2 * 218_103_808 + 2 * 32000 * 4096)

@@ -1,0 +1,139 @@
+"""What a run has done so far, as its journal tells it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from billhook.layerworkers.errors import InputError
+from billhook.orchestrator.journal import Line, read_journal
+
+SOLVE_KEYS = frozenset({"method", "sparsity", "pattern", "options", "fit", "include", "exclude"})
+"""Keys of a recipe that decide how a block is pruned, but not what goes into it."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A plan line or a branch line: by what the blocks from ``first_block`` on are pruned."""
+
+    first_block: int
+    is_branch: bool
+    fingerprint: dict[str, Any]
+    source: str
+    """Folder of the source."""
+    asked: dict[str, Any]
+    """What was asked for: ``model``, ``recipe`` and ``resources``."""
+
+
+@dataclass(frozen=True)
+class History:
+    """A journal, read to its end: what still holds."""
+
+    decided: tuple[Decided, ...]
+    """The plan and the branches since, by ``first_block``; empty for a run that has not begun."""
+    blocks: tuple[Line, ...]
+    """The lines of the committed blocks, from block 0 on without a gap."""
+    kept_inputs: int | None
+    """The last block whose inputs were kept, and would still be the same."""
+    rest_copied: bool
+    done: Line | None
+    """The last line, where the run is finished."""
+
+
+def read_history(output: Path) -> History:
+    """Read the journal of an output; a folder without one has an empty history."""
+    return history_of(read_journal(output))
+
+
+def history_of(lines: Sequence[Line]) -> History:
+    """Put the lines of a journal together."""
+    decided: list[Decided] = []
+    blocks: list[Line] = []
+    kept: int | None = None
+    rest, done = False, None
+    for line in lines:
+        if line["kind"] in ("plan", "branch"):
+            first = line.get("from_block", 0)
+            new = Decided(first, line["kind"] == "branch", line["fingerprint"], line["source"], line["asked"])
+            if kept is not None and (kept > first or not _same_inputs(decided[-1].fingerprint, new.fingerprint)):
+                kept = None
+            decided = [earlier for earlier in decided if earlier.first_block < first] + [new]
+            del blocks[first:]
+            done = None
+        elif line["kind"] == "block":
+            blocks[line["index"] :] = [line]
+            kept = line["index"] + 1 if line["kept_inputs"] else kept
+        elif line["kind"] == "rest":
+            rest = True
+        elif line["kind"] == "done":
+            done = line
+    return History(tuple(decided), tuple(blocks), kept, rest, done)
+
+
+def branch_point(
+    history: History, fingerprint: dict[str, Any], from_block: int | None, force: bool, name: str
+) -> int | None:
+    """Return the block from which ``fingerprint`` holds instead of what held so far; None where nothing changes.
+
+    from_block, force: as asked for on the command line. name: of the output, for messages.
+
+    Raises:
+        InputError: when the output holds a run that this one cannot go on with: the keys that differ are named.
+    """
+    if not history.decided:
+        if from_block is not None:
+            raise InputError(f"--from-block {from_block}: {name} holds no run yet; leave it out")
+        return None
+    current = history.decided[-1]
+    differing = _differences(current.fingerprint, json.loads(json.dumps(fingerprint)))
+    if from_block is not None and not differing and current.is_branch and current.first_block == from_block:
+        return None  # the same command again
+    told = "; ".join(f"{key}: {old!r} there, {new!r} asked for" for key, old, new in differing[:6])
+    keys = [key for key, _, _ in differing]
+    if any(key.startswith("checkpoint") for key in keys):
+        raise InputError(
+            f"{name}: holds a run of another source checkpoint, or it was changed since; {told}. Choose another folder"
+        )
+    if from_block is None and any(key.startswith("recipe") for key in keys):
+        raise InputError(
+            f"{name}: holds a run with another plan; it differs in {told}. Give the same options to go on with it, "
+            "choose another folder, or redo the blocks from K on with these options: --from-block K"
+        )
+    if not force and any(key.startswith(("versions", "machine")) for key in keys):
+        raise InputError(
+            f"{name}: was begun with other libraries or on another kind of machine; it differs in {told}. Go on where "
+            "it was begun, or with --force: the checkpoint will then be as good, but not byte for byte the one that an "
+            "uninterrupted run writes"
+        )
+    if from_block is None:
+        return len(history.blocks) if differing and history.done is None else None
+    if not 0 <= from_block <= len(history.blocks):
+        raise InputError(
+            f"--from-block {from_block}: {name} has blocks 0 to {len(history.blocks) - 1} done; give one "
+            f"of them, or {len(history.blocks)}"
+        )
+    return from_block
+
+
+def _same_inputs(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether blocks that both plans have pruned alike hand on the same hidden states."""
+
+    def without_solving(fingerprint: dict[str, Any]) -> dict[str, Any]:
+        recipe = {key: value for key, value in fingerprint["recipe"].items() if key not in SOLVE_KEYS}
+        return {**fingerprint, "recipe": recipe}
+
+    return without_solving(one) == without_solving(other)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if old == new else [(name, old, new)]
