@@ -1,10 +1,10 @@
-# make demo | make test | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make test-faults | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-faults lint format clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests
+
+# Some hundred kills and disk errors, each in a run of its own: about an hour.
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults --all-faults
 
 lint: setup
 	$(BIN)/ruff format --check .

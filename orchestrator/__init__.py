@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from billhook.orchestrator.evaluation import Evaluation, evaluate
     from billhook.orchestrator.inspection import Inspection, inspect
     from billhook.orchestrator.planning import Plan, plan
-    from billhook.orchestrator.status import Status, status
+    from billhook.orchestrator.run_status import Status, status
     from billhook.orchestrator.verification import Verification, verify
 
 _HOMES = {
@@ -30,8 +30,8 @@ _HOMES = {
     "Inspection": "inspection",
     "plan": "planning",
     "Plan": "planning",
-    "status": "status",
-    "Status": "status",
+    "status": "run_status",
+    "Status": "run_status",
     "verify": "verification",
     "Verification": "verification",
 }

@@ -246,7 +246,7 @@ def status_command(
     json_output: Json = False,
 ) -> None:
     """Show how far a run is: while it goes on, or after it ended in whatever way."""
-    from billhook.orchestrator.status import status, status_as_text
+    from billhook.orchestrator.run_status import status, status_as_text
 
     found = status(output)
     if json_output:

@@ -86,7 +86,7 @@ def prune(
         (asked, resources),
         from_block,
         force,
-        progress or no_progress,
+        no_progress if progress is None else progress,
         interruption or Interruption(),
     )
 
@@ -114,7 +114,7 @@ def resume(
         (asked, resources),
         from_block,
         force,
-        progress or no_progress,
+        no_progress if progress is None else progress,
         interruption or Interruption(),
     )
 
@@ -254,7 +254,7 @@ def _run_blocks(
             append(output, "block", {"index": done.index, "linears": linears, "seconds": seconds, "kept_inputs": keeps})
             if keeps:
                 kept_bytes = max(kept_bytes, kept_size_bytes(output))
-                remove_kept(output, except_block=done.index + 1)
+                remove_kept(output, before=done.index + 1)
             timed = {
                 "began": done.began,
                 "seconds": done.seconds,

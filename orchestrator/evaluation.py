@@ -100,7 +100,7 @@ def evaluate(
     check_gpus(most, model.device, address)
     check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
     arrangement = _arrange(model, len(samples), length, {"workers": workers, "vram": vram, "ram": ram}, most)
-    report = progress or no_progress
+    report = no_progress if progress is None else progress
     count, blocks = arrangement.workers, model.layout.blocks
     setup = model.worker_setup(threads, arrangement.activations, str(user_path(scratch or tempfile.gettempdir())))
     with worker_pool(setup, Workers(count, threads, address), report) as (pool, memory):

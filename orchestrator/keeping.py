@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 from billhook.layerworkers.errors import InputError
@@ -69,14 +70,15 @@ def kept_size_bytes(output: Path) -> int:
     return sum(path.stat().st_size for path in (output / FOLDER / ACTIVATIONS).glob("*.safetensors"))
 
 
-def remove_kept(output: Path, except_block: int | None = None) -> None:
-    """Remove kept inputs, except those of one block."""
+def remove_kept(output: Path, before: int | None = None) -> None:
+    """Remove kept inputs: those of the blocks before ``before``, which leaves what is being written; or all."""
     folder = output / FOLDER / ACTIVATIONS
+    if before is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     for path in folder.glob("*.safetensors"):
-        if except_block is None or path != _path(output, except_block):
+        if path.name < _path(output, before).name:
             path.unlink(missing_ok=True)
-    if except_block is None and folder.is_dir():
-        folder.rmdir()
 
 
 def _path(output: Path, block: int) -> Path:

@@ -20,7 +20,7 @@ from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, RunError, evaluate, inspect, prune, verify
-from billhook.orchestrator.journal import append, journal_path, read_journal
+from billhook.orchestrator.journal import read_journal
 from billhook.orchestrator.model import open_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -198,54 +198,6 @@ def test_random_calibration_needs_no_tokenizer_and_tied_single_file_checkpoints_
         "4:8",
         "dense",
     }
-
-
-def interrupted(source: Path, output: Path, blocks: int, **options: Any) -> None:
-    """Make ``output`` what a run killed after ``blocks`` blocks leaves, with rubbish where the next one was written."""
-    prune(source, output, **options)
-    lines = read_journal(output)
-    journal_path(output).unlink()
-    for shard in output.glob("*.safetensors"):
-        shard.rename(shard.with_name(shard.name + ".part"))
-    for name in ("README.md", "config.json"):
-        (output / name).unlink()
-    for line in lines:
-        if line["kind"] in ("plan", "start") or line.get("index", blocks) < blocks:
-            append(output, line.pop("kind"), line)
-    with journal_path(output).open("ab") as file:
-        file.write(b'{"kind":"block","index":2,"li')
-    for part in output.glob("*.part"):
-        with safe_open(part, "pt") as shard:
-            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-        for name, tensor in tensors.items():
-            if f"layers.{blocks}." in name:
-                tensor.fill_(float("nan"))
-        save_file(tensors, part, metadata={"format": "pt"})
-
-
-def test_the_same_command_goes_on_from_the_last_finished_block(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"calibration": str(text_file), "workers": 1, **CALIBRATION}
-    interrupted(llama, tmp_path / "out", 1, **options)
-    whole = prune(llama, tmp_path / "whole", **options).output
-    steps: list[tuple[str, int]] = []
-    resumed = prune(llama, tmp_path / "out", progress=lambda phase, done, *_: steps.append((phase, done)), **options)
-    assert [step for step in steps if step[0] in ("replay", "prune")] == [("replay", 1), ("prune", 2), ("prune", 3)]
-    assert contents(resumed.output) == contents(whole)
-    again = prune(llama, tmp_path / "out", **options)
-    assert again.already_finished
-    assert again.sparsity == resumed.sparsity
-    assert contents(resumed.output) == contents(whole)
-
-
-def test_another_plan_in_the_same_output_is_refused_and_what_differs_is_named(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {"method": "magnitude", "workers": 1}
-    out = prune(llama, tmp_path / "out", **options).output
-    before = contents(out)
-    with pytest.raises(InputError, match=r"recipe\.sparsity: 0\.5 there, 0\.6 asked for"):
-        prune(llama, out, sparsity=0.6, **options)
-    assert contents(out) == before
 
 
 def with_bad_weight(source: Path, folder: Path, name: str, value: float) -> Path:

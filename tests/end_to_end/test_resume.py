@@ -1,0 +1,282 @@
+"""Runs that are gone on with: after an interruption, with other settings, with other libraries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from billhook.layerworkers.collective import Alone
+from billhook.layerworkers.tasks import Sample
+from billhook.layerworkers.worker import BlockWorker
+from billhook.orchestrator import InputError, Interrupted, prune, resume, status, verify
+from billhook.orchestrator import output as out
+from billhook.orchestrator.calibration import calibration_windows
+from billhook.orchestrator.history import read_history
+from billhook.orchestrator.interruption import Interruption
+from billhook.orchestrator.journal import append, journal_path, read_journal
+from billhook.orchestrator.planning import make_plan
+from billhook.orchestrator.recipe import read_options
+from billhook.orchestrator.request import make_request
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+CALIBRATION: dict[str, Any] = {"samples": 10, "seqlen": 32, "partition_rows": 32, "workers": 2}
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Everything that must not depend on how a run went."""
+    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
+
+
+def prune_until(blocks: int, model: Path, output: Path, **options: Any) -> None:
+    """Prune until so many blocks are committed, and ask the run to end then."""
+    interruption = Interruption(grace_seconds=100.0)
+
+    def ask(phase: str, done: int, total: int, message: str) -> None:
+        if (phase, done) == ("prune", blocks):
+            interruption.ask()
+
+    with pytest.raises(Interrupted):
+        prune(model, output, progress=ask, interruption=interruption, **options)
+
+
+class Steps(list[tuple[str, int]]):
+    """Blocks that were replayed and pruned; to be passed as ``progress``."""
+
+    def __call__(self, phase: str, done: int, total: int, message: str) -> None:
+        """Note a step."""
+        if phase in ("replay", "prune"):
+            self.append((phase, done))
+
+
+@pytest.fixture(scope="module")
+def llama5(make_model: Any) -> Path:
+    folder: Path = make_model(num_hidden_layers=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(llama5: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """What an uninterrupted run writes: treat as read-only."""
+    return prune(llama5, tmp_path_factory.mktemp("whole") / "out", calibration=str(text_file), **CALIBRATION).output
+
+
+def test_asked_to_end_a_run_commits_the_block_in_progress_and_goes_on_from_kept_inputs(
+    llama5: Path, text_file: Path, tmp_path: Path, whole: Path
+) -> None:
+    output = tmp_path / "out"
+    prune_until(2, llama5, output, calibration=str(text_file), keep_inputs=2, **CALIBRATION)
+    found = status(output)
+    assert (found.state, found.blocks_done, found.blocks) == ("interrupted", 3, 5)
+    assert found.seconds_left is not None
+    assert found.seconds_left > 0
+    assert [path.name for path in (output / "billhook/activations").iterdir()] == ["inputs-00002.safetensors"]
+    steps = Steps()
+    resumed = resume(output, progress=steps)
+    assert steps == [("replay", 3), ("prune", 4), ("prune", 5)]
+    assert contents(output) == contents(whole)
+    assert not (output / "billhook/activations").exists()
+    found = status(output)
+    assert (found.state, found.blocks_done, found.last_error) == ("finished", 5, None)
+    again = resume(output, ram="1MiB")  # a finished run is finished whatever the budget is now
+    assert again.already_finished
+    assert again.sparsity == resumed.sparsity
+
+
+def test_a_block_that_takes_longer_than_the_grace_is_abandoned(llama5: Path, text_file: Path, tmp_path: Path) -> None:
+    interruption = Interruption(grace_seconds=0.0)
+
+    def ask(phase: str, done: int, total: int, message: str) -> None:
+        if (phase, done) == ("prune", 1):  # the second block is under way
+            for actor in workers():
+                os.kill(actor, signal.SIGSTOP)
+            interruption.ask()
+
+    begin = time.monotonic()
+    try:
+        with pytest.raises(Interrupted):
+            prune(
+                llama5,
+                tmp_path / "out",
+                progress=ask,
+                interruption=interruption,
+                calibration=str(text_file),
+                **CALIBRATION,
+            )
+    finally:
+        for actor in workers():
+            os.kill(actor, signal.SIGCONT)
+    assert len(read_history(tmp_path / "out").blocks) == 1
+    assert time.monotonic() - begin < 120
+
+
+def workers() -> list[int]:
+    from billhook.cluster.session import marked_processes
+
+    commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in marked_processes()}
+    return [pid for pid, path in commands.items() if path.exists() and b"WorkerActor" in path.read_bytes()]
+
+
+def test_without_kept_inputs_everything_committed_is_replayed_over_rubbish(
+    llama5: Path, text_file: Path, tmp_path: Path, whole: Path
+) -> None:
+    """Also: the journal's tail is torn, and the uncommitted tensors are not what they were."""
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    lines = read_journal(output)
+    journal_path(output).unlink()
+    for line in lines:
+        if line["kind"] in ("plan", "start") or line.get("index", 2) < 2:
+            append(output, line.pop("kind"), line)
+    with journal_path(output).open("ab") as file:
+        file.write(b'{"kind":"block","index":2,"li')
+    for shard in output.glob("*.safetensors"):
+        with safe_open(shard, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name, tensor in tensors.items():
+            if "layers.2." in name:
+                tensor.fill_(float("nan"))
+        save_file(tensors, shard.with_name(shard.name + ".part"), metadata={"format": "pt"})
+        shard.unlink()
+    assert status(output).state == "died"
+    steps = Steps()
+    prune(llama5, output, calibration=str(text_file), progress=steps, keep_inputs="never", **CALIBRATION)
+    assert steps == [("replay", 1), ("replay", 2), ("prune", 3), ("prune", 4), ("prune", 5)]
+    assert contents(output) == contents(whole)
+
+
+def test_from_a_block_on_with_other_settings_equals_a_run_that_used_them_there(
+    llama5: Path, text_file: Path, tmp_path: Path, whole: Path
+) -> None:
+    """The reference: workers that are told block by block what each of the two plans says."""
+    output, expected = tmp_path / "out", tmp_path / "expected"
+    shutil.copytree(whole, output)
+    other: dict[str, Any] = {"calibration": str(text_file), "method": "wanda", "sparsity": 0.7, **CALIBRATION}
+    steps = Steps()
+    branched = prune(llama5, output, from_block=3, progress=steps, **other)
+    assert steps == [("replay", 1), ("replay", 2), ("replay", 3), ("prune", 4), ("prune", 5)]
+    assert [linear.pattern for linear in branched.linears if ".3." in linear.name] == ["unstructured"] * 7
+    assert verify(output).ok
+    assert prune(llama5, output, from_block=3, **other).already_finished
+    assert prune(llama5, output, **other).already_finished
+
+    first, second = (
+        make_request(llama5, read_options(None, each)[0])
+        for each in ({"calibration": str(text_file), **CALIBRATION}, other)
+    )
+    windows = calibration_windows(first.recipe, llama5, first.model.config)
+    plans = [make_plan(each, read_options(None, {"workers": 1})[1]) for each in (first, second)]
+    expected.mkdir()
+    out.create_shards(expected, first.model.checkpoint)
+    worker = BlockWorker(first.model.worker_setup(1), Alone())
+    worker.start(first.model.layout.stem, [Sample(index, tokens) for index, tokens in enumerate(windows.tokens)])
+    for index in range(5):
+        worker.prune_block(plans[index >= 3].task(index, expected))
+    worker.finish_writing()
+    out.copy_tensors(first.model.layout.rest, expected)
+    for shard in expected.glob("*.part"):
+        assert shard.read_bytes() == (output / shard.name.removesuffix(".part")).read_bytes()
+
+
+def test_a_branch_takes_no_inputs_that_another_calibration_left(llama5: Path, text_file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": str(text_file), "keep_inputs": 1, **CALIBRATION}
+    prune_until(2, llama5, tmp_path / "out", **options)
+    steps = Steps()
+    prune(llama5, tmp_path / "out", from_block=3, progress=steps, **{**options, "seed": 1})
+    assert steps == [("replay", 1), ("replay", 2), ("replay", 3), ("prune", 4), ("prune", 5)]
+
+
+def test_another_plan_in_the_same_output_is_refused_and_what_differs_is_named(
+    llama5: Path, whole: Path, text_file: Path
+) -> None:
+    before = contents(whole)
+    with pytest.raises(InputError, match=r"recipe\.sparsity: 0\.5 there, 0\.6 asked for.*--from-block"):
+        prune(llama5, whole, calibration=str(text_file), sparsity=0.6, **CALIBRATION)
+    with pytest.raises(InputError, match=r"blocks 0 to 4 done"):
+        prune(llama5, whole, calibration=str(text_file), from_block=6, **CALIBRATION)
+    assert contents(whole) == before
+
+
+def test_a_changed_source_is_refused(llama5: Path, text_file: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(llama5, source)
+    prune_until(2, source, tmp_path / "out", calibration=str(text_file), **CALIBRATION)
+    shard = next(source.glob("*.safetensors"))
+    tensors = load_file(shard)
+    for tensor in tensors.values():
+        tensor.mul_(1.5)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    for way in ({}, {"from_block": 1}, {"force": True}):
+        with pytest.raises(InputError, match="another source checkpoint, or it was changed"):
+            resume(tmp_path / "out", **way)  # type: ignore[arg-type]
+
+
+def test_other_libraries_are_refused_unless_forced(
+    llama5: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    prune_until(2, llama5, output, calibration=str(text_file), **CALIBRATION)
+    monkeypatch.setattr("billhook.orchestrator.request.platform.python_version", lambda: "3.99")
+    with pytest.raises(InputError, match=r"versions\.python.*--force.*not byte for byte"):
+        resume(output)
+    resume(output, force=True)
+    assert [each.first_block for each in read_history(output).decided] == [0, 3]
+    assert verify(output).ok
+
+
+def test_status_tells_a_run_in_progress_and_what_failed_last(llama5: Path, text_file: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def look(phase: str, done: int, total: int, message: str) -> None:
+        if (phase, done) == ("prune", 2):
+            seen.append(status(tmp_path / "out"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(llama5, tmp_path / "out", calibration=str(text_file), progress=look, **CALIBRATION)
+    (found,) = seen
+    assert (found.state, found.blocks_done, found.blocks, found.pid) == ("running", 2, 5, os.getpid())
+    found = status(tmp_path / "out")
+    assert (found.state, found.last_error, found.method) == ("interrupted", "interrupted", "sparsegpt")
+
+
+def test_two_drivers_on_one_output(llama5: Path, text_file: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(phase: str, done: int, total: int, message: str) -> None:
+        if (phase, done) == ("prune", 1):
+            command = [sys.executable, "-m", "billhook.orchestrator", "prune", "--resume", str(tmp_path / "out")]
+            done_ = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done_.returncode == 2
+            refused.append(done_.stderr)
+
+    prune(llama5, tmp_path / "out", calibration=str(text_file), progress=second, **CALIBRATION)
+    assert "another billhook is writing" in refused[0]
+
+
+def test_workers_of_a_dead_command_are_waited_for(
+    llama5: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from billhook.layerworkers.errors import RunError
+    from billhook.layerworkers.files import shared_lock
+
+    prune_until(1, llama5, tmp_path / "out", calibration=str(text_file), **CALIBRATION)
+    held = shared_lock(str(out.workers_lock(tmp_path / "out")))
+    monkeypatch.setattr(out, "ORPHANS_SECONDS", 0.2)
+    with pytest.raises(RunError, match="workers of an earlier command still hold it"):
+        resume(tmp_path / "out")
+    threading.Timer(1.0, os.close, [held]).start()
+    monkeypatch.setattr(out, "ORPHANS_SECONDS", 30.0)
+    resume(tmp_path / "out")

@@ -1,0 +1,122 @@
+"""Runs of the real command in processes of its own, with one fault each; see ``injection/sitecustomize.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+INJECTION = Path(__file__).parent / "injection"
+
+OPTIONS = (
+    *("--samples", "18", "--seqlen", "32", "--partition-rows", "32", "--workers", "2"),
+    *("--keep-inputs", "2", "--activations", "disk"),
+)
+"""Five partitions of four samples, the last one short; inputs of every second block are kept."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let ``make test-faults`` ask for everything."""
+    parser.addoption("--all-faults", action="store_true", help="every fault instead of a few")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: the ``count``-th call of ``point`` in the first process of ``role`` that gets there."""
+
+    role: str
+    point: str
+    count: int
+    action: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    happened: bool
+    """Whether the fault was reached."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A model, and what an uninterrupted run makes of it."""
+
+    model: Path
+    text: Path
+    expected: dict[str, bytes]
+    calls: dict[tuple[str, str], int]
+    """How often each point is reached in it, by role and point; of all workers together."""
+
+    def prune(self, output: Path, fault: Fault | None = None) -> Ended:
+        """Run ``billhook prune``, with a fault or without."""
+        return run(prune_command(self.model, self.text, output), output, self.model, fault)
+
+    def resume(self, output: Path, fault: Fault | None = None) -> Ended:
+        """Run ``billhook prune --resume``."""
+        return run(["prune", "--resume", str(output)], output, self.model, fault)
+
+    def contents(self, output: Path) -> dict[str, bytes]:
+        """Return everything that must not depend on how a run went."""
+        return contents_of(output)
+
+    def fault(self, rng: random.Random, role: str, point: str, action: str) -> Fault:
+        """Return a fault at a random one of the calls that an uninterrupted run makes."""
+        total = self.calls[role, point]
+        one_process = total if role == "driver" else total // 2
+        return Fault(role, point, rng.randint(1, max(1, one_process)), action)
+
+
+def prune_command(model: Path, text: Path, output: Path) -> list[str]:
+    return ["prune", str(model), "-o", str(output), "--calibration", str(text), *OPTIONS]
+
+
+def run(arguments: list[str], output: Path, model: Path, fault: Fault | dict[str, Any] | None) -> Ended:
+    """Run the command in a session of its own; ``fault`` may be the raw specification."""
+    marks = output.with_name(f"{output.name}-marks-{len(list(output.parent.iterdir()))}")
+    marks.mkdir()
+    environment = dict(os.environ)
+    if fault is not None:
+        specification = fault if isinstance(fault, dict) else vars(fault)
+        within = [str(output.resolve()), str(model.resolve())]
+        environment["BILLHOOK_FAULT"] = json.dumps({"folder": str(marks), "within": within, **specification})
+        environment["PYTHONPATH"] = str(INJECTION)
+    done = subprocess.run(
+        [sys.executable, "-m", "billhook.orchestrator", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        timeout=280,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr, (marks / "happened").exists())
+
+
+def contents_of(output: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
+
+
+@pytest.fixture(scope="session")
+def lab(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    model = make_model(num_hidden_layers=5)
+    folder = tmp_path_factory.mktemp("whole")
+    output = folder / "out"
+    ended = run(prune_command(model, text_file, output), output, model, {})
+    assert ended.code == 0, ended.err
+    marks = next(folder.glob("out-marks-*"))
+    names = (path.name.partition(".") for path in marks.iterdir())
+    calls = {(role, point): (marks / f"{role}.{point}").stat().st_size for role, _, point in names}
+    return Lab(model, text_file, contents_of(output), calls)

@@ -1,0 +1,84 @@
+"""Disks that fail: a clear message, exit code 1, and the same bytes once they are mended."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from billhook.layerworkers.shards import read_header
+from billhook.orchestrator.history import read_history
+from billhook.orchestrator.journal import journal_path
+
+Lab = Any
+
+ERRORS = [
+    ("worker", "preadv", "EIO"),
+    ("worker", "pwrite", "EIO"),
+    ("worker", "pwrite", "ENOSPC"),
+    ("worker", "pwrite", "short"),
+    ("worker", "fsync", "EIO"),
+    ("driver", "preadv", "EIO"),
+    ("driver", "pwrite", "EIO"),
+    ("driver", "pwrite", "ENOSPC"),
+    ("driver", "pwrite", "short"),
+    ("driver", "fsync", "EIO"),
+    ("driver", "rename", "EIO"),
+    ("driver", "copyfile", "ENOSPC"),
+    ("driver", "unlink", "EIO"),
+]
+"""Role, point and error; ``short``: a write that takes half of what it was given, which is no error."""
+
+FEW = [("worker", "pwrite", "short"), ("worker", "fsync", "EIO")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run all faults where that is asked for, else a few."""
+    if "error" in metafunc.fixturenames:
+        everything = [(*each, seed) for seed in range(2) for each in ERRORS]
+        chosen = everything if metafunc.config.getoption("--all-faults") else [(*each, 0) for each in FEW]
+        metafunc.parametrize(("role", "point", "error", "seed"), chosen)
+
+
+def test_a_disk_that_fails_is_said_and_the_run_goes_on_once_it_is_mended(
+    lab: Lab, tmp_path: Path, role: str, point: str, error: str, seed: int
+) -> None:
+    rng = random.Random(f"{role} {point} {error} {seed}")
+    output = tmp_path / "out"
+    ended = lab.prune(output, lab.fault(rng, role, point, error))
+    assert ended.happened
+    assert "Traceback" not in ended.err
+    if error == "short":
+        assert ended.code == 0, ended.err
+    else:
+        assert ended.code == 1, ended.err
+        message = {"EIO": "Input/output error", "ENOSPC": "disk is full"}[error]
+        assert message in ended.err.splitlines()[-1]
+        assert lab.prune(output).code == 0
+    assert lab.contents(output) == lab.expected
+
+
+def test_what_lies_after_the_last_commit_is_of_no_account(lab: Lab, tmp_path: Path) -> None:
+    """The journal's tail is torn, uncommitted tensors are rubbish, the next block's inputs are there by half."""
+    output = tmp_path / "out"
+    rng = random.Random(1)
+    assert lab.prune(output, lab.fault(rng, "worker", "solve_group", "kill all")).code == -9
+    done = len(read_history(output).blocks)
+    with journal_path(output).open("ab") as file:
+        file.write(b'{"index":%d,"kept_inputs":true,"kind":"block","li' % done)
+    for part in output.glob("*.part"):
+        _, entries = read_header(part)
+        with part.open("r+b") as file:
+            for entry in entries:
+                if not any(f"layers.{block}." in entry.name for block in range(done)):
+                    file.seek(entry.start_bytes)
+                    file.write(rng.randbytes(entry.size_bytes))
+    activations = output / "billhook" / "activations"
+    activations.mkdir(exist_ok=True)
+    for block in range(done + 1, 5):
+        (activations / f"inputs-{block:05d}.safetensors").write_bytes(rng.randbytes(1000))
+    assert lab.resume(output).code == 0
+    assert lab.contents(output) == lab.expected
+    assert not activations.exists()
