@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 INJECTION = Path(__file__).parent / "injection"
 
 OPTIONS = (
-    *("--samples", "18", "--seqlen", "32", "--partition-rows", "32", "--workers", "2"),
+    *("--samples", "18", "--seqlen", "32", "--partition-rows", "32"),
     *("--keep-inputs", "2", "--activations", "disk"),
 )
 """Five partitions of four samples, the last one short; inputs of every second block are kept."""
@@ -55,17 +55,30 @@ class Lab:
 
     model: Path
     text: Path
+    cluster: dict[str, str]
     expected: dict[str, bytes]
     calls: dict[tuple[str, str], int]
     """How often each point is reached in it, by role and point; of all workers together."""
 
-    def prune(self, output: Path, fault: Fault | None = None) -> Ended:
-        """Run ``billhook prune``, with a fault or without."""
-        return run(prune_command(self.model, self.text, output), output, self.model, fault)
+    def prune(self, output: Path, fault: Fault | None = None, joined: bool = False, workers: int = 2) -> Ended:
+        """Run ``billhook prune``, with a fault or without; ``joined``: on a Ray cluster that outlives the command."""
+        return run(
+            [*prune_command(self.model, self.text, output), f"--workers={workers}"],
+            output,
+            self.model,
+            fault,
+            self.cluster if joined else {},
+        )
 
-    def resume(self, output: Path, fault: Fault | None = None) -> Ended:
-        """Run ``billhook prune --resume``."""
-        return run(["prune", "--resume", str(output)], output, self.model, fault)
+    def resume(self, output: Path, fault: Fault | None = None, joined: bool = False, workers: int = 2) -> Ended:
+        """Run ``billhook prune --resume``; the same."""
+        return run(
+            ["prune", "--resume", str(output), f"--workers={workers}"],
+            output,
+            self.model,
+            fault,
+            self.cluster if joined else {},
+        )
 
     def contents(self, output: Path) -> dict[str, bytes]:
         """Return everything that must not depend on how a run went."""
@@ -82,25 +95,39 @@ def prune_command(model: Path, text: Path, output: Path) -> list[str]:
     return ["prune", str(model), "-o", str(output), "--calibration", str(text), *OPTIONS]
 
 
-def run(arguments: list[str], output: Path, model: Path, fault: Fault | dict[str, Any] | None) -> Ended:
-    """Run the command in a session of its own; ``fault`` may be the raw specification."""
+def run(
+    arguments: list[str], output: Path, model: Path, fault: Fault | dict[str, Any] | None, cluster: dict[str, str]
+) -> Ended:
+    """Run the command in a session of its own; ``fault`` may be the raw specification.
+
+    cluster: environment with which a Ray cluster is joined; empty: the command starts its own.
+    """
     marks = output.with_name(f"{output.name}-marks-{len(list(output.parent.iterdir()))}")
     marks.mkdir()
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHONPATH": str(INJECTION), "BILLHOOK_FAULT_FILE": str(marks / "fault"), **cluster}
+    file = Path(environment["BILLHOOK_FAULT_FILE"])
     if fault is not None:
         specification = fault if isinstance(fault, dict) else vars(fault)
         within = [str(output.resolve()), str(model.resolve())]
-        environment["BILLHOOK_FAULT"] = json.dumps({"folder": str(marks), "within": within, **specification})
-        environment["PYTHONPATH"] = str(INJECTION)
-    done = subprocess.run(
-        [sys.executable, "-m", "billhook.orchestrator", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        timeout=280,
-        check=False,
-    )
+        file.write_text(json.dumps({"folder": str(marks), "within": within, **specification}))
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "billhook.orchestrator",
+                *arguments,
+                *(["--address", cluster["GCS"]] if cluster else []),
+            ],
+            capture_output=True,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            timeout=280,
+            check=False,
+        )
+    finally:
+        file.unlink(missing_ok=True)
     return Ended(done.returncode, done.stdout, done.stderr, (marks / "happened").exists())
 
 
@@ -109,14 +136,53 @@ def contents_of(output: Path) -> dict[str, bytes]:
     return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
 
 
+CLUSTER = """
+import json, sys
+from pathlib import Path
+from billhook.cluster.session import marked_processes, ray_session
+with ray_session(None, 4, 0, 200 << 20):
+    import ray
+    environments = [Path(f"/proc/{pid}/environ").read_bytes().split(bytes(1)) for pid in marked_processes()]
+    tokens = [each[15:].decode() for every in environments for each in every if each.startswith(b"RAY_AUTH_TOKEN=")]
+    print(json.dumps([ray.get_runtime_context().gcs_address, tokens[0]]), flush=True)
+    sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="session")
-def lab(make_model: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def faulty_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray cluster whose workers have faults; what a process needs in its environment to join it."""
+    file = str(tmp_path_factory.mktemp("cluster") / "fault")
+    environment = {**os.environ, "PYTHONPATH": str(INJECTION), "BILLHOOK_FAULT_FILE": file}
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        assert process.stdout is not None
+        address, token = json.loads(process.stdout.readline())
+        yield {
+            "BILLHOOK_FAULT_FILE": file,
+            "GCS": address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def lab(
+    make_model: Callable[..., Path],
+    text_file: Path,
+    faulty_cluster: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Lab:
     model = make_model(num_hidden_layers=5)
     folder = tmp_path_factory.mktemp("whole")
     output = folder / "out"
-    ended = run(prune_command(model, text_file, output), output, model, {})
+    ended = run([*prune_command(model, text_file, output), "--workers=2"], output, model, {}, faulty_cluster)
     assert ended.code == 0, ended.err
     marks = next(folder.glob("out-marks-*"))
-    names = (path.name.partition(".") for path in marks.iterdir())
+    names = (path.name.partition(".") for path in marks.iterdir() if "." in path.name)
     calls = {(role, point): (marks / f"{role}.{point}").stat().st_size for role, _, point in names}
-    return Lab(model, text_file, contents_of(output), calls)
+    return Lab(model, text_file, faulty_cluster, contents_of(output), calls)

@@ -60,14 +60,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 ) -> None:
     rng = random.Random(f"{role} {point} {action} {seed}")
     output = tmp_path / "out"
-    ended = lab.prune(output, lab.fault(rng, role, point, action))
+    joined = seed != 1 and action != "kill all"
+    ended = lab.prune(output, lab.fault(rng, role, point, action), joined)
     assert ended.happened
     assert ended.code == (1 if role == "worker" and action in ("kill", "torn") else -9), ended.err
     if seed % 3 == 2:  # killed again, somewhere else, if it gets there
         again = rng.choice(POINTS)
-        lab.resume(output, lab.fault(rng, *again))
+        lab.resume(output, lab.fault(rng, *again), joined and again[2] != "kill all")
     committed = [line["index"] for line in read_journal(output) if line["kind"] == "block"]
-    resumed = lab.resume(output) if read_history(output).decided and rng.random() < 0.5 else lab.prune(output)
+    go_on = lab.resume if read_history(output).decided and rng.random() < 0.5 else lab.prune
+    resumed = go_on(output, joined=joined, workers=rng.choice([1, 2]))
     assert resumed.code == 0, resumed.err
     assert lab.contents(output) == lab.expected
     assert not (output / "billhook" / "activations").exists()

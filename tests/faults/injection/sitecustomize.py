@@ -1,13 +1,14 @@
 """Makes one call fail, in whichever process of a run reaches it; put this folder on PYTHONPATH.
 
-``BILLHOOK_FAULT`` holds JSON: ``folder`` (for marks), ``role`` (``driver`` or ``worker``), ``point``, ``count``
-(which call), ``action``. A fault happens once per folder. Without ``action`` calls are counted only: each appends a
-byte to ``folder/role.point``.
+The file that ``BILLHOOK_FAULT_FILE`` names holds JSON: ``folder`` (for marks), ``role`` (``driver`` or ``worker``),
+``point``, ``count`` (which call), ``action``. A fault happens once per folder. Without ``action`` calls are counted
+only: each appends a byte to ``folder/role.point``.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.abc
 import importlib.util
 import json
@@ -36,32 +37,42 @@ _calls: dict[str, int] = {}
 _kill = os.kill
 
 
-def reached(point: str, fault: dict[str, Any], role: str) -> str | None:
+@functools.cache
+def fault() -> dict[str, Any]:
+    """Return the fault of this run, as it is when the first point is reached; empty for none."""
+    try:
+        found: dict[str, Any] = json.loads(Path(os.environ["BILLHOOK_FAULT_FILE"]).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def due(point: str, role: str) -> str | None:
     """Count a call; return the action that is due."""
-    if "action" not in fault:
-        with Path(fault["folder"], f"{role}.{point}").open("ab") as file:
+    if "action" not in fault():
+        with Path(fault()["folder"], f"{role}.{point}").open("ab") as file:
             file.write(b".")
         return None
-    if (fault["role"], fault["point"]) != (role, point):
+    if (fault()["role"], fault()["point"]) != (role, point):
         return None
     with _lock:
         _calls[point] = _calls.get(point, 0) + 1
-        if _calls[point] != fault["count"]:
+        if _calls[point] != fault()["count"]:
             return None
     try:
-        os.close(os.open(Path(fault["folder"], "happened"), os.O_CREAT | os.O_EXCL))
+        os.close(os.open(Path(fault()["folder"], "happened"), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return None
-    return str(fault["action"])
+    return str(fault()["action"])
 
 
-def kill(action: str, fault: dict[str, Any]) -> None:
+def kill(action: str) -> None:
     """Kill this process, the driver, or all processes of the run, without a chance to clean up."""
     if action == "kill driver":
-        _kill(int(os.environ["BILLHOOK_FAULT_DRIVER"]), signal.SIGKILL)
+        _kill(int(Path(fault()["folder"], "driver").read_text()), signal.SIGKILL)
         return
     if action == "kill all":
-        mark = f'"folder": "{fault["folder"]}"'.encode()
+        mark = os.environ["BILLHOOK_FAULT_FILE"].encode()
         for environ in Path("/proc").glob("[0-9]*/environ"):
             pid = int(environ.parent.name)
             try:
@@ -72,38 +83,38 @@ def kill(action: str, fault: dict[str, Any]) -> None:
     _kill(os.getpid(), signal.SIGKILL)
 
 
-def wrapped(real: Callable[..., Any], point: str, fault: dict[str, Any], role: str) -> Callable[..., Any]:
+def wrapped(real: Callable[..., Any], point: str, role: str) -> Callable[..., Any]:
     """Return ``real`` with the fault before it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if point in OS_POINTS and not _ours(args[0], fault):
+        if not fault() or (point in OS_POINTS and not _within(args[0])):
             return real(*args, **kwargs)
-        action = reached(point, fault, role)
+        action = due(point, role)
         if action is None:
             return real(*args, **kwargs)
         if action == "torn":  # a write of which half arrived
             real(args[0], bytes(args[1])[: max(1, len(args[1]) // 2)], *args[2:])
-            kill("kill", fault)
+            kill("kill")
         if action == "short":
             return real(args[0], bytes(args[1])[: max(1, len(args[1]) // 2)], *args[2:])
         if action in errno.errorcode.values():
             number = getattr(errno, action)
             raise OSError(number, os.strerror(number))
-        kill(action, fault)
+        kill(action)
         return real(*args, **kwargs)
 
     return call
 
 
-def _ours(file: Any, fault: dict[str, Any]) -> bool:
+def _within(file: Any) -> bool:
     """Whether a descriptor or path lies in one of the run's folders."""
     path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.fspath(file)
-    return any(str(path).startswith(folder) for folder in fault["within"])
+    return any(str(path).startswith(folder) for folder in fault()["within"])
 
 
 class _PatchAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, fault: dict[str, Any], role: str):
-        self._fault, self._role = fault, role
+    def __init__(self, role: str):
+        self._role = role
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in MODULE_POINTS:
@@ -125,24 +136,25 @@ class _PatchAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             owner: Any = module
             for each in owners:
                 owner = getattr(owner, each)
-            setattr(owner, name, wrapped(getattr(owner, name), point, self._fault, self._role))
+            setattr(owner, name, wrapped(getattr(owner, name), point, self._role))
 
 
-def _install(fault: dict[str, Any]) -> None:
+def _install() -> None:
     arguments = sys.orig_argv
     if "billhook.orchestrator" in arguments:
         role = "driver"
-        os.environ["BILLHOOK_FAULT_DRIVER"] = str(os.getpid())
+        if fault():
+            Path(fault()["folder"], "driver").write_text(str(os.getpid()))
     elif any(argument.endswith("default_worker.py") for argument in arguments):
         role = "worker"
     else:
         return
     for point in OS_POINTS:
-        setattr(os, point, wrapped(getattr(os, point), point, fault, role))
+        setattr(os, point, wrapped(getattr(os, point), point, role))
     if role == "driver":
-        shutil.copyfile = wrapped(shutil.copyfile, "copyfile", fault, role)  # type: ignore[assignment]
-    sys.meta_path.insert(0, _PatchAfterImport(fault, role))
+        shutil.copyfile = wrapped(shutil.copyfile, "copyfile", role)  # type: ignore[assignment]
+    sys.meta_path.insert(0, _PatchAfterImport(role))
 
 
-if "BILLHOOK_FAULT" in os.environ:
-    _install(json.loads(os.environ["BILLHOOK_FAULT"]))
+if "BILLHOOK_FAULT_FILE" in os.environ:
+    _install()
