@@ -42,6 +42,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "unknown": list(request.unknown),
         **dataclasses.asdict(estimate(plan)),
         "misfit": plan.misfit,
+        "keep_every": plan.keep_every,
         "budgets": dataclasses.asdict(plan.budgets),
         "rates": dataclasses.asdict(plan.rates),
         **_arrangement_as_json(plan.arrangement),
@@ -100,7 +101,7 @@ def plan_as_text(plan: Plan) -> str:
         f"peaks      RAM {gibibytes(taken.peak_bytes['ram'])}, "
         f"GPU {gibibytes(taken.peak_bytes['vram'])}, disk {gibibytes(taken.peak_bytes['disk'])}",
         *(f"           {need}" for need in _phases(plan)),
-        f"keeps      activations on {_tier(plan.arrangement.activations, recipe.device)}",
+        f"keeps      activations on {_tier(plan.arrangement.activations, recipe.device)}; {_kept(plan)}",
         *(f"           {line}" for line in _ways(plan.arrangement, recipe.device)),
     ]
     if plan.elsewhere:
@@ -152,6 +153,13 @@ def _ways(arrangement: Arrangement, device: str) -> list[str]:
         + ("the next block read meanwhile" if placement.read_ahead else "no reading ahead")
         for placement, count in counts.items()
     ]
+
+
+def _kept(plan: Plan) -> str:
+    if not plan.keep_every:
+        return "no inputs for a resume: it replays all finished blocks"
+    often = "each block" if plan.keep_every == 1 else f"every {plan.keep_every} blocks"
+    return f"inputs for a resume after {often}, {gibibytes(plan.kept_bytes)} at most"
 
 
 def _tier(tier: str, device: str) -> str:
