@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,7 +19,7 @@ from billhook.layerworkers.patterns import parse_pattern
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import HEAD_SLICE_BYTES
-from billhook.orchestrator.budgets import resolve_budgets
+from billhook.orchestrator.budgets import DISK_RESERVE_BYTES, free_disk_bytes, resolve_budgets
 from billhook.orchestrator.calibration import (
     CHARACTERS_PER_TOKEN,
     check_vocabulary,
@@ -99,10 +99,11 @@ def evaluate(
     most = resolve_workers(workers, model.device, threads, len(samples))
     check_gpus(most, model.device, address)
     check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
-    arrangement = _arrange(model, len(samples), length, {"workers": workers, "vram": vram, "ram": ram}, most)
+    parked = user_path(scratch or tempfile.gettempdir())
+    arrangement = _arrange(model, len(samples), length, {"workers": workers, "vram": vram, "ram": ram}, most, parked)
     report = no_progress if progress is None else progress
     count, blocks = arrangement.workers, model.layout.blocks
-    setup = model.worker_setup(threads, arrangement.activations, str(user_path(scratch or tempfile.gettempdir())))
+    setup = model.worker_setup(threads, arrangement.activations, str(parked))
     with worker_pool(setup, Workers(count, threads, address), report) as (pool, memory):
         shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
         pool.start(model.layout.stem, shares)
@@ -123,7 +124,7 @@ def evaluate(
     )
 
 
-def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, workers: int) -> Arrangement:
+def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, workers: int, scratch: Path) -> Arrangement:
     """Choose where hidden states are kept and whether blocks are read ahead: a run that prunes nothing."""
     computed = {"method": "magnitude", "device": model.device, "dtype": model.dtype}
     sized = {"samples": windows, "seqlen": seqlen, "partition_samples": 1}
@@ -138,10 +139,11 @@ def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, worker
     # logits in float32, their log-probabilities, and whether they are finite.
     logits = (3 if capped else 1) * item * seqlen * vocabulary
     logits += 3 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 12 * 128 * vocabulary
+    budgets = resolve_budgets(resources.vram, resources.ram, None, model.device, None)
     return arrange(
         job,
         block_work(model, tuple(() for _ in model.layout.blocks), seqlen),
-        resolve_budgets(resources.vram, resources.ram, None, model.device, None),
+        replace(budgets, disk=max(0, free_disk_bytes(scratch) - DISK_RESERVE_BYTES)),
         measured_rates(model),
         range(workers, 0, -1) if resources.workers == "auto" else [workers],
         own,
