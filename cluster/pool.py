@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from billhook.cluster.exchange import RayCollective
 from billhook.cluster.mailbox import Mailbox
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
-from billhook.layerworkers.machine import machine_facts
+from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import (
     BlockReport,
@@ -44,9 +44,9 @@ class WorkerActor:
         self._setup, self._mailbox, self._group = setup, mailbox, RayCollective(mailbox, range(size), rank)
 
     def set_up(self) -> dict[str, str]:
-        """Build the worker; return what of its machine decides bits."""
+        """Build the worker; return what of its machine and libraries decides bits."""
         self._worker = BlockWorker(self._setup, self._group, self._mailbox.synced.remote)
-        return machine_facts(self._setup.device)
+        return machine_facts(self._setup.device) | library_versions()
 
     def placed(self) -> None:
         """Return as soon as the actor's process runs."""
@@ -60,6 +60,7 @@ class WorkerPool:
     """Workers that make the same calls together; a context manager that ends them.
 
     deadline: asked again and again; once the time that it returns has come, the call in progress is abandoned.
+    expected: what of machine and libraries the output is recorded to depend on; None where it does not matter.
 
     Raises (all calls):
         Interrupted: when the deadline has passed.
@@ -72,6 +73,7 @@ class WorkerPool:
         setup: WorkerSetup,
         workers: int,
         deadline: Deadline = lambda: None,
+        expected: Mapping[str, str] | None = None,
         placement_timeout_seconds: float = 120.0,
     ):
         self.size = workers
@@ -93,7 +95,7 @@ class WorkerPool:
         ]
         try:
             self._outcome([actor.placed.remote() for actor in self._actors], placement_timeout_seconds)
-            _check_alike(self._outcome([actor.set_up.remote() for actor in self._actors]))
+            _check_alike(self._outcome([actor.set_up.remote() for actor in self._actors]), expected)
         except GetTimeoutError as error:
             self.close()
             raise RunError(
@@ -229,12 +231,17 @@ def _slowest(reports: list[BlockReport]) -> BlockReport:
     return max(reports, key=lambda report: report.seconds)
 
 
-def _check_alike(machines: list[dict[str, str]]) -> None:
-    for rank, facts in enumerate(machines):
-        if facts != machines[0]:
+def _check_alike(workers: Sequence[Mapping[str, str]], expected: Mapping[str, str] | None) -> None:
+    ours = "this command" if expected is not None else "worker 0"
+    wanted = workers[0] if expected is None else expected
+    for rank, facts in enumerate(workers):
+        differing = [
+            f"{key} {facts.get(key)!r}, not {wanted[key]!r}" for key in wanted if facts.get(key) != wanted[key]
+        ]
+        if differing:
             raise InputError(
-                f"worker {rank} runs on {facts}, worker 0 on {machines[0]}: their results would differ in the last "
-                "bits; use machines of one kind"
+                f"worker {rank} has {'; '.join(differing)} as {ours} has: results would differ in the last bits; use "
+                "machines of one kind with the same libraries"
             )
 
 

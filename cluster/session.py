@@ -66,7 +66,7 @@ def ray_session(address: str | None, cpus: int, gpus: int, object_store_bytes: i
 def _join(address: str) -> Iterator[None]:
     import ray
 
-    with _python_signal_handlers():
+    with _signals_are_ours():
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -90,7 +90,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
     try:
         with (
             _environment({**_LOOPBACK_ONLY, "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION_VARIABLE: str(folder)}),
-            _python_signal_handlers(),
+            _signals_are_ours(),
         ):
             import ray
 
@@ -138,10 +138,14 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _python_signal_handlers() -> Iterator[None]:
-    """Keep the handlers of SIGINT and SIGTERM: Ray puts its own in their place, which abort or exit with the number."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+def _signals_are_ours() -> Iterator[None]:
+    """Keep the handlers of signals, of which Ray replaces some, and let the processes started meanwhile block them.
+
+    A signal to the whole process group then reaches this process alone, which ends the others when it is time.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -149,6 +153,7 @@ def _python_signal_handlers() -> Iterator[None]:
             for number, handler in before.items():
                 if handler is not None:
                     signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _reload_ray_environment() -> None:

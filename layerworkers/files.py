@@ -99,16 +99,25 @@ def write_from(descriptor: int, view: memoryview, start_bytes: int, name: str) -
         raise disk_failure(name, f"writing {len(view) - done} bytes", error, descriptor) from error
 
 
+def open_to_write(path: str) -> int:
+    """Return a descriptor of an existing file.
+
+    Raises:
+        RunError: when it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_WRONLY)
+    except OSError as error:
+        raise disk_failure(path, "opening", error) from error
+
+
 def write_bytes(path: str, start_bytes: int, data: Tensor) -> None:
     """Write a contiguous CPU tensor's bytes at an offset of an existing file.
 
     Raises:
         RunError: when the disk is full or fails.
     """
-    try:
-        descriptor = os.open(path, os.O_WRONLY)
-    except OSError as error:
-        raise disk_failure(path, "writing", error) from error
+    descriptor = open_to_write(path)
     try:
         write_from(descriptor, bytes_of(data), start_bytes, path)
     finally:
@@ -152,9 +161,21 @@ def sync_file(path: str) -> None:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except OSError as error:
+        raise disk_failure(path, "syncing", error) from error
+    try:
+        sync_descriptor(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int, path: str) -> None:
+    """Wait until what was written to an open file is on the disk.
+
+    Raises:
+        RunError: when the disk says that it is not.
+    """
+    try:
+        os.fsync(descriptor)
     except OSError as error:
         raise disk_failure(path, "syncing", error) from error

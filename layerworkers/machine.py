@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 
 import torch
+from threadpoolctl import threadpool_info
+
+LIBRARIES = ("billhook", "torch", "transformers", "safetensors", "numpy", "scipy", "numba", "tokenizers")
 
 
 def machine_facts(device: str) -> dict[str, str]:
-    """Return architecture, instruction set and, for ``cuda``, the GPU's model."""
-    facts = {"architecture": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    """Return architecture, instruction sets, the kernels that BLAS chose and, for ``cuda``, the GPU's model."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    blas = {f"{each['internal_api']} {each['architecture']}" for each in threadpool_info() if "architecture" in each}
+    facts = {
+        "architecture": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "flags": " ".join(sorted(name for name, value in capabilities.items() if value is True)),
+        "vendor": str(capabilities.get("cpu_name", "")).partition(" ")[0],
+        "blas": ", ".join(sorted(blas)),
+    }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(0)
     return facts
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide bits."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.files import sync_file, write_bytes
+from billhook.layerworkers.files import bytes_of, open_to_write, sync_descriptor, write_from
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.shards import FLOAT_DTYPES, TensorEntry, read_tensor
 from billhook.layerworkers.tasks import ModuleTensor
@@ -49,12 +50,18 @@ class BlockReader:
 
 
 class BlockWriter:
-    """Writes tensors into the output's unfinished shards, in a thread, in the order in which they come."""
+    """Writes tensors into the output's unfinished shards, in a thread, in the order in which they come.
+
+    A shard that was opened stays open: writing goes to the file that was there, whatever takes its name later, and
+    what the system could not write is told to the one who wrote it.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "write")
         self._writes: list[Future[None]] = []
-        self._files: set[str] = set()
+        self._open: dict[str, int] = {}
+        self._touched: set[str] = set()
+        self._rows: dict[str, int] = {}
         self.written: Future[None] | None = None
         """Done when the data that :meth:`sync` was last called for is not needed any more."""
         self._syncing: Future[None] | None = None
@@ -64,12 +71,15 @@ class BlockWriter:
     def write(self, output: str, entry: TensorEntry, data: Tensor | None) -> None:
         """Write ``data``, or where it is None the tensor as it is on disk, to its place in the output."""
         path = f"{output}/{Path(entry.path).name}.part"
-        self._files.add(path)
-        self._writes.append(
-            self._thread.submit(
-                lambda: write_bytes(path, entry.start_bytes, read_tensor(entry) if data is None else data)
-            )
-        )
+        self._touched.add(path)
+
+        def run() -> None:
+            if path not in self._open:
+                self._open[path] = open_to_write(path)
+            tensor = read_tensor(entry) if data is None else data
+            write_from(self._open[path], bytes_of(tensor), entry.start_bytes, path)
+
+        self._writes.append(self._thread.submit(run))
 
     def write_row(self, entry: TensorEntry, row: int, data: Tensor) -> None:
         """Write the bytes of one row of ``entry`` to its file, at once: the data may change afterwards.
@@ -79,8 +89,10 @@ class BlockWriter:
         """
         row_bytes = entry.size_bytes // entry.shape[0]
         assert data.nbytes == row_bytes, f"{entry.path}: rows of {row_bytes} bytes, not {data.nbytes}"
-        self._files.add(entry.path)
-        write_bytes(entry.path, entry.start_bytes + row * row_bytes, data.to("cpu").contiguous())
+        if entry.path not in self._rows:
+            self._rows[entry.path] = open_to_write(entry.path)
+        view = bytes_of(data.to("cpu").contiguous())
+        write_from(self._rows[entry.path], view, entry.start_bytes + row * row_bytes, entry.path)
 
     def sync(self, then: Callable[[], None]) -> None:
         """Begin to sync what was written since the last time, and call ``then`` once it is on the disk.
@@ -91,15 +103,19 @@ class BlockWriter:
             RunError: as :meth:`wait`.
         """
         self.wait()
-        files, self._files = sorted(self._files), set()
+        touched, self._touched = sorted(self._touched), set()
         writes, self._writes = self._writes, []
+        rows, self._rows = self._rows, {}
         self.written = self._thread.submit(lambda: None)
 
         def run() -> None:
             for write in writes:
                 write.result()
-            for path in files:
-                sync_file(path)
+            for path in touched:
+                sync_descriptor(self._open[path], path)
+            for path, descriptor in rows.items():
+                sync_descriptor(descriptor, path)
+                os.close(descriptor)
             then()
 
         self._syncing = self._thread.submit(run)

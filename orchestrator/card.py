@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from billhook.layerworkers.tasks import LinearReport
@@ -80,6 +81,6 @@ def _source_license(folder: Path) -> str | None:
         return None
     try:
         license_name = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-    except (ValueError, OSError):
+    except (ValueError, OSError, yaml.YAMLError):
         return None
     return license_name if isinstance(license_name, str) else None

@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from billhook.layerworkers.allocator import return_large_blocks
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
-from billhook.orchestrator.interruption import GRACE_SECONDS, interruptible
+from billhook.orchestrator.interruption import GRACE_SECONDS, interruptible, is_ignored
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
 
 app = typer.Typer(
@@ -40,8 +40,9 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", hel
 
 def main() -> None:
     """Run the command line; see ``docs/cli.md`` for the exit codes."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if not is_ignored(number):
+            signal.signal(number, _interrupt)
     return_large_blocks()
     app()
 
@@ -60,7 +61,8 @@ def ending_with_code(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             raise _failed(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1) from error
         except (Interrupted, KeyboardInterrupt) as error:
-            raise _failed("interrupted; the same command goes on from the last finished block", 130) from error
+            why = f" ({error.__cause__})" if error.__cause__ is not None else ""
+            raise _failed(f"interrupted{why}; the same command goes on from the last finished block", 130) from error
 
     return run
 

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 
 from billhook.cluster.session import remove_leftovers
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
+from billhook.layerworkers.files import disk_failure
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
 from billhook.orchestrator import output as out
@@ -28,7 +29,7 @@ from billhook.orchestrator.keeping import create_kept, find_kept, kept_size_byte
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, estimate, make_plan
 from billhook.orchestrator.printing import arrangement_as_text
-from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, read_options
+from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
 from billhook.orchestrator.request import make_request
 from billhook.orchestrator.workers import Progress, no_progress, worker_pool
 
@@ -105,11 +106,10 @@ def resume(
     history = read_history(target) if target.is_dir() else None
     if history is None or not history.decided:
         raise InputError(f"--resume {output}: holds no billhook run; begin one with 'billhook prune MODEL -o {output}'")
-    before = history.decided[-1].asked
-    merged = {**before["recipe"], **before["resources"], **options}
-    asked, resources = read_options(None, cast(RunOptions, merged))
+    before = history.decided[-1]
+    asked, resources = read_options(None, merged_options(before.asked["recipe"] | before.asked["resources"], options))
     return _prune(
-        before["model"],
+        before.source if Path(before.source).is_dir() else before.asked["model"],
         target,
         (asked, resources),
         from_block,
@@ -139,7 +139,7 @@ def _prune(
         check_vocabulary(windows, request.model.layout.stem.embedding.shape[0], str(recipe.calibration))
     fingerprint = request.fingerprint(windows.sha256 if windows else None)
     existed = target.is_dir()
-    with out.locked(target):
+    with out.locked(target) as lock:
         history = read_history(target)
         branch = branch_point(history, fingerprint, from_block, force, str(target))
         if history.done is not None and branch is None:
@@ -162,14 +162,17 @@ def _prune(
             elif branch is not None:
                 append(target, "branch", {"from_block": branch, **decided})
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
-            peak = _run(plan, windows, target, report, interruption)
+            peak = _run(plan, windows, target, lock, report, interruption)
+            lock.check()
             _finish(plan, windows, target)
-        except (InputError, RunError, Interrupted, KeyboardInterrupt) as error:
-            if isinstance(error, InputError) and branch is None and not read_history(target).blocks:
+        except BaseException as error:
+            if isinstance(error, InputError) and not history.decided and not read_history(target).blocks:
                 out.remove_output(target, checkpoint, keep_folder=existed)
-            else:
-                with contextlib.suppress(RunError):  # it may be the disk that failed
+            elif lock.in_place:
+                with contextlib.suppress(Exception):  # it may be the disk that failed
                     append(target, "error", {"type": type(error).__name__, "message": str(error) or "interrupted"})
+            if isinstance(error, OSError):
+                raise disk_failure(str(error.filename or f"{target}/"), "working", error) from error
             raise
     linears = _reports(read_history(target))
     return PruneResult(
@@ -201,8 +204,8 @@ def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> di
     if user_path(model).is_dir():
         asked["model"] = str(user_path(model))
     calibration, scratch = recipe.calibration, resources.scratch
-    if calibration is not None and user_path(calibration).is_file():
-        asked["recipe"]["calibration"] = str(user_path(calibration))
+    if calibration not in (None, "random") and user_path(str(calibration)).exists():
+        asked["recipe"]["calibration"] = str(user_path(str(calibration)))
     if scratch is not None:
         asked["resources"]["scratch"] = str(user_path(scratch))
     return asked
@@ -213,7 +216,12 @@ def _size_bytes(output: Path) -> int:
 
 
 def _run(
-    plan: Plan, windows: Windows | None, output: Path, report: Progress, interruption: Interruption
+    plan: Plan,
+    windows: Windows | None,
+    output: Path,
+    lock: out.Lock,
+    report: Progress,
+    interruption: Interruption,
 ) -> dict[str, int]:
     """Commit every block that is not committed yet, and the tensors outside the blocks; return peaks by tier."""
     history, layout = read_history(output), plan.request.model.layout
@@ -223,7 +231,7 @@ def _run(
     peak = {"vram": 0, "ram": 0, "disk": 0}
     if unpruned:
         try:
-            peak = _run_blocks(plan, windows, output, history, report, interruption)
+            peak = _run_blocks(plan, windows, output, lock, history, report, interruption)
         except RunError as error:
             if interruption.asked:  # a signal to the whole process group ends the workers too
                 raise Interrupted(str(error)) from error
@@ -236,19 +244,34 @@ def _run(
 
 
 def _run_blocks(
-    plan: Plan, windows: Windows | None, output: Path, history: History, report: Progress, interruption: Interruption
+    plan: Plan,
+    windows: Windows | None,
+    output: Path,
+    lock: out.Lock,
+    history: History,
+    report: Progress,
+    interruption: Interruption,
 ) -> dict[str, int]:
     model, total = plan.request.model, len(plan.request.model.layout.blocks)
     scratch = str(user_path(plan.scratch) if plan.scratch else output / FOLDER)
-    lock = str(out.workers_lock(output))
-    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, lock)
-    kept_bytes = 0
-    with worker_pool(setup, plan.workers, report, interruption.deadline) as (pool, memory), interruption.polled():
-        pool.start(model.layout.stem, _deal_samples(plan, windows))
+    own = str(out.workers_lock(output))
+    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, own)
+    recorded = history.decided[-1].fingerprint
+    kept_bytes, kept = 0, set[int]()
+    with (
+        worker_pool(setup, plan.workers, report, interruption.deadline, recorded["machine"] | recorded["versions"]) as (
+            pool,
+            memory,
+        ),
+        interruption.polled(),
+    ):
+        samples = _deal_samples(plan, windows)
+        pool.start(model.layout.stem, samples)
         if windows is not None:
-            _carry_on(plan, pool, output, history, report, interruption)
-        for done in pool.prune_blocks(_tasks(plan, len(history.blocks), output, interruption)):
-            keeps = plan.keeps_inputs_of(done.index + 1)
+            _carry_on(plan, pool, samples, output, history, report, interruption)
+        for done in pool.prune_blocks(_tasks(plan, len(history.blocks), output, interruption, kept)):
+            lock.check()
+            keeps = done.index + 1 in kept
             linears = [dataclasses.asdict(linear) for linear in done.linears]
             seconds = round(done.seconds, 3)
             append(output, "block", {"index": done.index, "linears": linears, "seconds": seconds, "kept_inputs": keeps})
@@ -269,15 +292,24 @@ def _run_blocks(
 
 
 def _carry_on(
-    plan: Plan, pool: WorkerPool, output: Path, history: History, report: Progress, interruption: Interruption
+    plan: Plan,
+    pool: WorkerPool,
+    samples: list[list[Sample]],
+    output: Path,
+    history: History,
+    report: Progress,
+    interruption: Interruption,
 ) -> None:
     """Carry the samples through the committed blocks, from the last kept inputs on."""
     blocks, committed, begin = plan.request.model.layout.blocks, len(history.blocks), 0
     if history.kept_inputs is not None:
         kept = find_kept(output, history.kept_inputs, plan.request.samples, plan.hidden_bytes)
-        if kept is not None:
-            pool.restore_inputs(kept)
-            begin = history.kept_inputs
+        try:
+            if kept is not None:
+                pool.restore_inputs(kept)
+                begin = history.kept_inputs
+        except RunError:  # they cannot be read: replay everything
+            pool.start(plan.request.model.layout.stem, samples)
     for block in blocks[begin:committed]:
         _check_asked(interruption)
         ahead = plan.arrangement.placements[block.index].read_ahead
@@ -287,13 +319,16 @@ def _carry_on(
         report("replay", block.index + 1, len(blocks), "")
 
 
-def _tasks(plan: Plan, first: int, output: Path, interruption: Interruption) -> Iterator[BlockTask]:
-    """Yield the tasks of the blocks from ``first`` on, as long as nobody asks to end."""
+def _tasks(plan: Plan, first: int, output: Path, interruption: Interruption, kept: set[int]) -> Iterator[BlockTask]:
+    """Yield the tasks of the blocks from ``first`` on, until asked to end; note in ``kept`` whose inputs are."""
     for block in plan.request.model.layout.blocks[first:]:
         if interruption.asked:
             return
-        after, samples = block.index + 1, plan.request.samples
-        keep = create_kept(output, after, samples, plan.hidden_bytes) if plan.keeps_inputs_of(after) else None
+        after, keep = block.index + 1, None
+        if plan.keeps_inputs_of(after):
+            with contextlib.suppress(RunError):  # a run can do without
+                keep = create_kept(output, after, plan.request.samples, plan.hidden_bytes)
+                kept.add(after)
         yield plan.task(block.index, output, keep)
 
 

@@ -64,7 +64,12 @@ def history_of(lines: Sequence[Line]) -> History:
             del blocks[first:]
             done = None
         elif line["kind"] == "block":
-            blocks[line["index"] :] = [line]
+            if line["index"] != len(blocks):
+                raise InputError(
+                    f"the journal commits block {line['index']} after {len(blocks)} blocks: it was damaged, or two "
+                    "commands wrote it; remove the output and begin again"
+                )
+            blocks.append(line)
             kept = line["index"] + 1 if line["kept_inputs"] else kept
         elif line["kind"] == "rest":
             rest = True
@@ -89,32 +94,32 @@ def branch_point(
         return None
     current = history.decided[-1]
     differing = _differences(current.fingerprint, json.loads(json.dumps(fingerprint)))
-    if from_block is not None and not differing and current.is_branch and current.first_block == from_block:
-        return None  # the same command again
+    hard = [key for key, _, _ in differing if not key.startswith(("versions", "machine"))]
+    if from_block is not None and not hard and current.is_branch and current.first_block == from_block:
+        from_block = None  # the same command again
+    if from_block is None and not hard and history.done is not None:
+        return None
     told = "; ".join(f"{key}: {old!r} there, {new!r} asked for" for key, old, new in differing[:6])
-    keys = [key for key, _, _ in differing]
-    if any(key.startswith("checkpoint") for key in keys):
+    if any(key.startswith("checkpoint") for key in hard):
         raise InputError(
             f"{name}: holds a run of another source checkpoint, or it was changed since; {told}. Choose another folder"
         )
-    if from_block is None and any(key.startswith("recipe") for key in keys):
+    if from_block is None and hard:
         raise InputError(
             f"{name}: holds a run with another plan; it differs in {told}. Give the same options to go on with it, "
             "choose another folder, or redo the blocks from K on with these options: --from-block K"
         )
-    if not force and any(key.startswith(("versions", "machine")) for key in keys):
+    if not force and len(hard) < len(differing):
         raise InputError(
             f"{name}: was begun with other libraries or on another kind of machine; it differs in {told}. Go on where "
             "it was begun, or with --force: the checkpoint will then be as good, but not byte for byte the one that an "
             "uninterrupted run writes"
         )
     if from_block is None:
-        return len(history.blocks) if differing and history.done is None else None
+        return len(history.blocks) if differing else None
     if not 0 <= from_block <= len(history.blocks):
-        raise InputError(
-            f"--from-block {from_block}: {name} has blocks 0 to {len(history.blocks) - 1} done; give one "
-            f"of them, or {len(history.blocks)}"
-        )
+        done = f"blocks 0 to {len(history.blocks) - 1}" if history.blocks else "no block"
+        raise InputError(f"--from-block {from_block}: {name} has {done} done; give at most {len(history.blocks)}")
     return from_block
 
 

@@ -54,6 +54,11 @@ class Interruption:
             raise KeyboardInterrupt
 
 
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether this process was started to ignore a signal, as by nohup."""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
 @contextmanager
 def interruptible(grace_seconds: float) -> Iterator[Interruption]:
     """Let the first of :data:`SIGNALS` ask the run to end, and the second end this process at once with code 130."""
@@ -65,7 +70,7 @@ def interruptible(grace_seconds: float) -> Iterator[Interruption]:
             os._exit(130)
         interruption.ask()
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    before = {number: signal.signal(number, handle) for number in SIGNALS if not is_ignored(number)}
     try:
         yield interruption
     finally:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.files import disk_failure, sync_file
 
 FOLDER = "billhook"
@@ -24,15 +25,25 @@ def journal_path(output: Path) -> Path:
 
 
 def read_journal(output: Path) -> list[Line]:
-    """Return the committed lines: those before the first that is torn or fails its checksum."""
+    """Return the committed lines: those before the first that is torn or fails its checksum.
+
+    Raises:
+        InputError: when good lines follow a bad one: no crash leaves that, the file was damaged.
+    """
     try:
         raw = journal_path(output).read_bytes()
     except FileNotFoundError:
         return []
     lines: list[Line] = []
-    for text in raw.split(b"\n")[:-1]:
+    whole = raw.split(b"\n")[:-1]
+    for number, text in enumerate(whole):
         line = _checked(text)
         if line is None:
+            if any(_checked(later) is not None for later in whole[number + 1 :]):
+                raise InputError(
+                    f"{journal_path(output)}: line {number + 1} is damaged, later ones are not; restore the file from "
+                    f"a copy, or remove {output} and begin again"
+                )
             break
         lines.append(line)
     return lines
@@ -73,7 +84,8 @@ def _encode(line: Line) -> bytes:
 def _checked(text: bytes) -> Line | None:
     try:
         line = json.loads(text)
-        line.pop("check")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or line.pop("check", None) is None:
         return None
     return line if _encode(line) == text + b"\n" else None

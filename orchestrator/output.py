@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.files import disk_failure, read_bytes, sync_file, write_bytes
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint
-from billhook.orchestrator.journal import FOLDER
+from billhook.orchestrator.journal import FOLDER, journal_path
 
 COPY_BYTES = 16 << 20
 """Bytes that are held while a tensor is copied."""
@@ -42,8 +44,9 @@ CARD = "README.md"
 
 def is_ours(output: Path) -> bool:
     """Whether the folder holds a run of ours: finished, interrupted, or killed before its first line."""
+    private = output / FOLDER
     try:
-        return (output / FOLDER / LOCK).is_file()
+        return private.is_dir() and ((private / LOCK).is_file() or not any(private.iterdir()))
     except OSError as error:
         raise InputError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
 
@@ -65,25 +68,73 @@ def check_free(output: Path, checkpoint: Checkpoint) -> None:
         raise InputError(f"-o {output}: the folder is not empty and holds no billhook run; choose another or empty it")
 
 
+@dataclass(frozen=True)
+class Lock:
+    """What the command holds that writes to an output."""
+
+    path: Path
+    descriptor: int
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file is still where it was when it was locked."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def check(self) -> None:
+        """Raise unless the output is still the one that was locked.
+
+        Raises:
+            RunError: when it was removed or replaced: nothing may be committed there.
+        """
+        if not self.in_place:
+            raise RunError(f"{self.path}: was removed or replaced while this command wrote there; it ends")
+
+
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[Lock]:
     """Hold the output for this process; a dead process holds nothing.
 
     Raises:
-        InputError: when another process holds it.
+        InputError: when another process holds it, or the folder cannot be written to.
     """
     private = output / FOLDER
+    while True:
+        try:
+            private.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(private / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise InputError(f"-o {output}: cannot be written to: {error.strerror}") from error
+        try:
+            try:
+                got = _lock_within(descriptor, LOCK_SECONDS)
+            except OSError as error:
+                raise InputError(
+                    f"-o {output}: its file system has no locks ({error.strerror}); choose another"
+                ) from error
+            if not got:
+                raise InputError(f"-o {output}: another billhook is writing to it; wait for it, or choose another")
+            lock = Lock(private / LOCK, descriptor)
+            if not lock.in_place:  # whoever held it has removed it
+                continue
+            holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder, 0)
+            yield lock
+            return
+        finally:
+            os.close(descriptor)
+
+
+def holder_of(output: Path) -> dict[str, Any]:
+    """Return ``pid`` and ``host`` of the command that holds the output, or was the last to; empty if not known."""
     try:
-        private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(private / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise InputError(f"-o {output}: cannot be written to: {error.strerror}") from error
-    try:
-        if not _lock_within(descriptor, LOCK_SECONDS):
-            raise InputError(f"-o {output}: another billhook is writing to it; wait for it, or choose another")
-        yield
-    finally:
-        os.close(descriptor)
+        found = json.loads((output / FOLDER / LOCK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_locked(output: Path) -> bool:
@@ -109,7 +160,10 @@ def wait_for_orphans(output: Path) -> None:
     Raises:
         RunError: when that takes too long.
     """
-    descriptor = os.open(workers_lock(output), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(workers_lock(output), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise disk_failure(str(workers_lock(output)), "opening", error) from error
     try:
         if not _lock_within(descriptor, ORPHANS_SECONDS):
             raise RunError(
@@ -170,9 +224,18 @@ def unseal(output: Path, checkpoint: Checkpoint) -> None:
 
 
 def remove_output(output: Path, checkpoint: Checkpoint, keep_folder: bool) -> None:
-    """Remove what a run without a committed block left, and nothing else; a folder that was there stays."""
+    """Remove what a run without a committed block left, and nothing else; a folder that was there stays.
+
+    The journal goes first and the lock last, so that whatever is left at any instant can be begun with again.
+    """
+    journal_path(output).unlink(missing_ok=True)
     for shard in checkpoint.shards:
         (output / f"{shard.name}.part").unlink(missing_ok=True)
+    for path in (output / FOLDER).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink()
     shutil.rmtree(output / FOLDER, ignore_errors=True)
     if not keep_folder:
         with contextlib.suppress(OSError):  # not empty: somebody else put a file there meanwhile

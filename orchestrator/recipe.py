@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
@@ -63,7 +64,9 @@ class Resources(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: int | Literal["auto"] = Field("auto", description="Workers; auto: one per GPU, or per CPU core.")
-    address: str | None = Field(None, description="Ray cluster to join ('auto', HOST:PORT); default: start one here.")
+    address: str | None = Field(
+        None, description="Ray cluster to join ('auto', HOST:PORT); default: 'local', start one here."
+    )
     vram: ByteSize | None = Field(
         None, description="GPU memory that a worker may use, as 20GiB; on a CPU, the part of RAM that stands for it."
     )
@@ -84,6 +87,11 @@ class Resources(BaseModel):
         "auto",
         description="After how many blocks the next one's inputs are kept on disk, for a run that is interrupted.",
     )
+
+    @field_validator("address")
+    @classmethod
+    def _here(cls, value: str | None) -> str | None:
+        return None if value == "local" else value
 
     @field_validator("workers")
     @classmethod
@@ -150,6 +158,22 @@ def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Rec
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
         raise InputError(f"option {name}: {problem['msg']}, found {problem['input']!r}") from error
+
+
+def merged_options(before: Mapping[str, Any], given: RunOptions) -> RunOptions:
+    """Return the options of a run that is gone on with: ``given`` ones win over those of ``before``.
+
+    Of the method's own options the given ones are replaced; another method begins with its defaults, and another
+    pattern with its own sparsity.
+    """
+    merged = {**before, **given}
+    if given.get("method", before["method"]) == before["method"]:
+        merged["options"] = {**before["options"], **given.get("options", {})}
+    else:
+        merged["options"] = given.get("options", {})
+    if "pattern" in given and "sparsity" not in given:
+        merged["sparsity"] = None
+    return cast(RunOptions, merged)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.machine import machine_facts
+from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import METHODS, Method
 from billhook.layerworkers.patterns import NM, Pattern, parse_pattern
 from billhook.orchestrator.calibration import default_seqlen
@@ -68,7 +67,7 @@ class Request:
         return {
             "recipe": recipe,
             "checkpoint": self.model.checkpoint.sha256(),
-            "versions": versions(),
+            "versions": library_versions(),
             "machine": machine_facts(self.model.device),
         }
 
@@ -100,14 +99,6 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True)
     chosen, skipped = _choose(opened.layout, recipe, opened.checkpoint.folder)
     _check_widths(chosen, pattern)
     return Request(opened, recipe, pattern, options, chosen, skipped)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide bits."""
-    from importlib.metadata import version
-
-    names = ("billhook", "torch", "transformers", "safetensors", "numpy", "scipy", "numba", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def check_context(seqlen: int, config: Any) -> None:

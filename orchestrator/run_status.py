@@ -11,7 +11,7 @@ from typing import Literal
 from billhook.layerworkers.errors import InputError
 from billhook.orchestrator.history import history_of
 from billhook.orchestrator.journal import read_journal
-from billhook.orchestrator.output import is_locked, is_ours
+from billhook.orchestrator.output import holder_of, is_locked, is_ours
 from billhook.orchestrator.paths import user_path
 
 RECENT_BLOCKS = 5
@@ -58,11 +58,10 @@ def status(output: str | Path) -> Status:
     running = is_locked(folder)  # before the journal is read: a run that ends in between is then no dead one
     lines = read_journal(folder)
     history = history_of(lines)
-    starts = [line for line in lines if line["kind"] == "start"]
-    last = starts[-1] if starts else {}
+    blocks = next((line["blocks"] for line in reversed(lines) if line["kind"] == "start"), None)
     error = next((line for line in reversed(lines) if line["kind"] != "rest"), {})
-    failed = error if error.get("kind") == "error" else {}
-    blocks = last.get("blocks")
+    failed = error if error.get("kind") == "error" and not running and history.done is None else {}
+    holder = holder_of(folder)
     recent = [line["seconds"] for line in history.blocks[-RECENT_BLOCKS:]]
     rate = statistics.median(recent) if recent else None
     recipe = history.decided[-1].fingerprint["recipe"] if history.decided else {}
@@ -75,8 +74,8 @@ def status(output: str | Path) -> Status:
         failed.get("message"),
         lines[0]["time"] if lines else None,
         lines[-1]["time"] if lines else None,
-        last.get("pid"),
-        last.get("host"),
+        holder.get("pid"),
+        holder.get("host"),
         history.decided[-1].source if history.decided else None,
         recipe.get("method"),
         recipe.get("pattern"),
@@ -112,5 +111,5 @@ def status_as_text(found: Status) -> str:
     if found.last_error is not None:
         lines.append(f"last error {found.last_error}")
     if found.state in ("interrupted", "failed", "died"):
-        lines.append("go on with billhook prune --resume, or the same command again")
+        lines.append("go on with " + ("billhook prune --resume, or " if found.model else "") + "the same command again")
     return "\n".join(lines)

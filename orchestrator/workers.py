@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,11 +35,15 @@ class Workers:
 
 @contextmanager
 def worker_pool(
-    setup: WorkerSetup, workers: Workers, progress: Progress, deadline: Callable[[], float | None] = lambda: None
+    setup: WorkerSetup,
+    workers: Workers,
+    progress: Progress,
+    deadline: Callable[[], float | None] = lambda: None,
+    expected: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[WorkerPool, PeakMemory]]:
     """Start or join Ray and start the workers; end all of it again.
 
-    deadline: see :class:`WorkerPool`.
+    deadline, expected: see :class:`WorkerPool`.
 
     Raises:
         InputError, RunError: as the session and the pool do.
@@ -50,5 +54,5 @@ def worker_pool(
     with ray_session(workers.address, cpus, gpus, store_bytes(workers.count)), PeakMemory() as memory:
         from billhook.cluster.pool import WorkerPool  # imports ray, which must see the session's environment
 
-        with WorkerPool(setup, workers.count, deadline) as pool:
+        with WorkerPool(setup, workers.count, deadline, expected) as pool:
             yield pool, memory

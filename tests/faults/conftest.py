@@ -117,7 +117,7 @@ def run(
                 "-m",
                 "billhook.orchestrator",
                 *arguments,
-                *(["--address", cluster["GCS"]] if cluster else []),
+                *("--address", cluster["GCS"] if cluster else "local"),  # else a resumed run joins what it had joined
             ],
             capture_output=True,
             text=True,

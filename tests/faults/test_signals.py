@@ -20,11 +20,27 @@ Lab = Any
 
 
 @contextmanager
-def started(lab: Lab, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Begin to prune, in a process group of its own, and wait until the first block is done."""
+def started(
+    lab: Lab, output: Path, *options: str, ignored: signal.Signals | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Begin to prune, in a process group of its own, and wait until the first block is done.
+
+    ignored: as if started by nohup; all other signals have their defaults, whatever these tests were started with.
+    """
+
+    def set_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
     arguments = ["prune", str(lab.model), "-o", str(output), "--calibration", str(lab.text), "--samples=200"]
     command = [sys.executable, "-m", "billhook.orchestrator", *arguments, "--seqlen=64", "--workers=2", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=set_signals,  # noqa: PLW1509 - nothing of this process is touched
+    ) as process:
         until = time.monotonic() + 120
         while not read_history(output).blocks:
             assert process.poll() is None
@@ -57,7 +73,8 @@ def _of_session(process: subprocess.Popen[str]) -> list[str]:
 def test_a_signal_ends_the_run_within_the_grace_and_some_seconds(
     lab: Lab, tmp_path: Path, request: pytest.FixtureRequest, number: int, group: bool
 ) -> None:
-    if not request.config.getoption("--all-faults") and (number, group) != (signal.SIGTERM, True):
+    everything = request.config.getoption("--all-faults")
+    if not everything and (number, group) != (signal.SIGTERM, True):
         pytest.skip("one of these is enough here; --all-faults runs them all")
     output = tmp_path / "out"
     with started(lab, output, "--grace=5") as process:
@@ -71,11 +88,35 @@ def test_a_signal_ends_the_run_within_the_grace_and_some_seconds(
     assert left_over(process) == []
     history = read_history(output)
     assert 1 <= len(history.blocks) < 5
-    resumed = lab.resume(output, joined=True)
-    assert resumed.code == 0, resumed.err
+    if everything:
+        resumed = lab.resume(output, joined=True)
+        assert resumed.code == 0, resumed.err
 
 
-def test_a_second_signal_ends_it_at_once(lab: Lab, tmp_path: Path) -> None:
+def test_a_signal_to_the_group_leaves_the_block_in_progress_its_grace(lab: Lab, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with started(lab, output, "--grace=100") as process:
+        before = len(read_history(output).blocks)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 130
+    assert len(read_history(output).blocks) > before
+
+
+def test_a_signal_that_is_ignored_stays_so(lab: Lab, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--all-faults"):
+        pytest.skip("--all-faults runs it")
+    output = tmp_path / "out"
+    with started(lab, output, ignored=signal.SIGHUP) as process:
+        os.kill(process.pid, signal.SIGHUP)
+        process.communicate()
+    assert process.returncode == 0
+    assert read_history(output).done is not None
+
+
+def test_a_second_signal_ends_it_at_once(lab: Lab, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--all-faults"):
+        pytest.skip("--all-faults runs it")
     output = tmp_path / "out"
     with started(lab, output, "--grace=1000") as process:
         for pid in workers_of(process):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import InputError, RunError
+from billhook.orchestrator.history import history_of
 from billhook.orchestrator.journal import append, journal_path, read_journal
 
 
@@ -40,6 +41,28 @@ def test_every_flipped_byte_of_the_last_line_is_noticed(output: Path) -> None:
         damaged[place] ^= 0x01
         journal_path(output).write_bytes(damaged)
         assert [line["kind"] for line in read_journal(output)] == ["plan"]
+
+
+def test_damage_in_the_middle_is_refused_and_not_taken_for_a_torn_tail(output: Path) -> None:
+    append(output, "block", {"index": 1})
+    damaged = bytearray(journal_path(output).read_bytes())
+    damaged[damaged.index(b'"a"')] ^= 0x01
+    journal_path(output).write_bytes(damaged)
+    with pytest.raises(InputError, match=r"line 1 is damaged"):
+        read_journal(output)
+
+
+@pytest.mark.parametrize("tail", [b"[]\n", b"[" * 100_000 + b"\n", b"\xff\xfe\n", b"null\n"])
+def test_any_tail_is_read_over(output: Path, tail: bytes) -> None:
+    with journal_path(output).open("ab") as file:
+        file.write(tail)
+    assert [line["kind"] for line in read_journal(output)] == ["plan", "block"]
+
+
+def test_a_gap_in_the_blocks_is_refused() -> None:
+    plan = {"kind": "plan", "fingerprint": {}, "source": "", "asked": {}}
+    with pytest.raises(InputError, match="commits block 20 after 0 blocks"):
+        history_of([plan, {"kind": "block", "index": 20, "kept_inputs": False}])
 
 
 def test_a_disk_that_fails_is_a_run_error(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
