@@ -13,12 +13,14 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from billhook.layerworkers.errors import InputError
 
@@ -139,16 +141,28 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_are_ours() -> Iterator[None]:
-    """Keep the handlers of signals, of which Ray replaces some, and let the processes started meanwhile block them.
+    """Keep signals from the processes that Ray starts meanwhile, and Ray from the handlers of this one.
 
-    A signal to the whole process group then reaches this process alone, which ends the others when it is time.
+    What is sent to the whole process group then reaches this process alone, which ends the others when it is time. Of
+    SIGTERM Ray's own processes make use, so it is not blocked in them; but they get process groups of their own.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    import ray
+
+    blocked = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    popen, set_handler = subprocess.Popen.__init__, ray._private.utils.set_sigterm_handler
+
+    def in_own_group(self: Any, *args: Any, **kwargs: Any) -> None:
+        popen(self, *args, **{"process_group": 0, **kwargs})
+
+    subprocess.Popen.__init__ = in_own_group  # type: ignore[method-assign]
+    ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's exits with 15, without a word
     try:
         yield
     finally:
+        subprocess.Popen.__init__ = popen  # type: ignore[method-assign]
+        ray._private.utils.set_sigterm_handler = set_handler
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 if handler is not None:
@@ -208,15 +222,25 @@ def _remove(folder: Path) -> None:
 
 
 def _processes_of(folder: Path) -> list[int]:
-    """Return the ids of the processes that carry the session's mark, without this one."""
+    """Return the ids of the processes that belong to the session in ``folder``, without this one.
+
+    They carry its mark in their environment; those whose title has overwritten it have a file of the session open.
+    """
     mark = f"{SESSION_VARIABLE}={folder}".encode()
-    marked = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            pid = int(environ.parent.name)
-            if pid != os.getpid() and mark in environ.read_bytes().split(b"\0"):
-                marked.append(pid)
-    return marked
+            pid = int(process.name)
+            if pid != os.getpid() and (
+                mark in (process / "environ").read_bytes().split(b"\0")
+                or ((process / "cmdline").read_bytes().startswith(b"ray::") and _has_open(process, folder))
+            ):
+                found.append(pid)
+    return found
+
+
+def _has_open(process: Path, folder: Path) -> bool:
+    return any(os.readlink(link).startswith(f"{folder}/") for link in (process / "fd").iterdir())
 
 
 def _root() -> Path:
