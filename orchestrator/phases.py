@@ -24,8 +24,8 @@ from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.recipe import Recipe
 
-RAY_BYTES = 390 << 20
-"""Memory of Ray's own processes on one node, and of the mailbox."""
+RAY_BYTES = 495 << 20
+"""Memory of Ray's own processes on one node, its agents included, and of the mailbox."""
 
 LIBRARY_BYTES = 200 << 20
 """Pages of libraries that the processes of a run share, counted once."""
