@@ -74,6 +74,14 @@ def whole(llama5: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactor
     return prune(llama5, tmp_path_factory.mktemp("whole") / "out", calibration=str(text_file), **CALIBRATION).output
 
 
+@pytest.fixture(scope="module")
+def begun(llama5: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """A run of which three blocks are done, with the inputs of the fourth kept: to be copied."""
+    output = tmp_path_factory.mktemp("begun") / "out"
+    prune_until(2, llama5, output, calibration=str(text_file), keep_inputs=1, **CALIBRATION)
+    return output
+
+
 def test_asked_to_end_a_run_commits_the_block_in_progress_and_goes_on_from_kept_inputs(
     llama5: Path, text_file: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -191,11 +199,10 @@ def test_from_a_block_on_with_other_settings_equals_a_run_that_used_them_there(
         assert shard.read_bytes() == (output / shard.name.removesuffix(".part")).read_bytes()
 
 
-def test_a_branch_takes_no_inputs_that_another_calibration_left(llama5: Path, text_file: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"calibration": str(text_file), "keep_inputs": 1, **CALIBRATION}
-    prune_until(2, llama5, tmp_path / "out", **options)
+def test_a_branch_takes_no_inputs_that_another_calibration_left(begun: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(begun, tmp_path / "out")
     steps = Steps()
-    prune(llama5, tmp_path / "out", from_block=3, progress=steps, **{**options, "seed": 1})
+    resume(output, from_block=3, progress=steps, seed=1)
     assert steps == [("replay", 1), ("replay", 2), ("replay", 3), ("prune", 4), ("prune", 5)]
 
 
@@ -210,10 +217,9 @@ def test_another_plan_in_the_same_output_is_refused_and_what_differs_is_named(
     assert contents(whole) == before
 
 
-def test_a_changed_source_is_refused(llama5: Path, text_file: Path, tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    shutil.copytree(llama5, source)
-    prune_until(2, source, tmp_path / "out", calibration=str(text_file), **CALIBRATION)
+def test_a_changed_source_is_refused(llama5: Path, text_file: Path, begun: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(llama5, tmp_path / "model")
+    output = shutil.copytree(begun, tmp_path / "out")
     shard = next(source.glob("*.safetensors"))
     tensors = load_file(shard)
     for tensor in tensors.values():
@@ -221,12 +227,11 @@ def test_a_changed_source_is_refused(llama5: Path, text_file: Path, tmp_path: Pa
     save_file(tensors, shard, metadata={"format": "pt"})
     for way in ({}, {"from_block": 1}, {"force": True}):
         with pytest.raises(InputError, match="another source checkpoint, or it was changed"):
-            resume(tmp_path / "out", **way)  # type: ignore[arg-type]
+            prune(source, output, calibration=str(text_file), **way, **CALIBRATION)  # type: ignore[arg-type]
 
 
-def test_other_libraries_are_refused_unless_forced(llama5: Path, text_file: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    prune_until(1, llama5, output, calibration=str(text_file), **CALIBRATION)
+def test_other_libraries_are_refused_unless_forced(begun: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(begun, tmp_path / "out")
     lines = read_journal(output)
     lines[0]["fingerprint"]["versions"]["python"] = "3.5"
     journal_path(output).unlink()
@@ -235,9 +240,9 @@ def test_other_libraries_are_refused_unless_forced(llama5: Path, text_file: Path
     with pytest.raises(InputError, match=r"versions\.python: '3\.5' there.*--force.*not byte for byte"):
         resume(output)
     resume(output, force=True)
-    assert [each.first_block for each in read_history(output).decided] == [0, 2]
+    assert [each.first_block for each in read_history(output).decided] == [0, 3]
     assert verify(output).ok
-    assert resume(output, from_block=2).already_finished
+    assert resume(output, from_block=3).already_finished
 
 
 def test_status_tells_a_run_in_progress_and_what_failed_last(llama5: Path, text_file: Path, tmp_path: Path) -> None:
@@ -306,17 +311,15 @@ def test_two_drivers_on_one_output(llama5: Path, text_file: Path, tmp_path: Path
     assert "another billhook is writing" in refused[0]
 
 
-def test_workers_of_a_dead_command_are_waited_for(
-    llama5: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_of_a_dead_command_are_waited_for(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from billhook.layerworkers.errors import RunError
     from billhook.layerworkers.files import shared_lock
 
-    prune_until(1, llama5, tmp_path / "out", calibration=str(text_file), **CALIBRATION)
-    held = shared_lock(str(out.workers_lock(tmp_path / "out")))
+    output = shutil.copytree(begun, tmp_path / "out")
+    held = shared_lock(str(out.workers_lock(output)))
     monkeypatch.setattr(out, "ORPHANS_SECONDS", 0.2)
     with pytest.raises(RunError, match="workers of an earlier command still hold it"):
-        resume(tmp_path / "out")
+        resume(output)
     threading.Timer(1.0, os.close, [held]).start()
     monkeypatch.setattr(out, "ORPHANS_SECONDS", 30.0)
-    resume(tmp_path / "out")
+    resume(output)

@@ -73,9 +73,8 @@ def _of_session(process: subprocess.Popen[str]) -> list[str]:
 def test_a_signal_ends_the_run_within_the_grace_and_some_seconds(
     lab: Lab, tmp_path: Path, request: pytest.FixtureRequest, number: int, group: bool
 ) -> None:
-    everything = request.config.getoption("--all-faults")
-    if not everything and (number, group) != (signal.SIGTERM, True):
-        pytest.skip("one of these is enough here; --all-faults runs them all")
+    if not request.config.getoption("--all-faults"):
+        pytest.skip("--all-faults runs them")
     output = tmp_path / "out"
     with started(lab, output, "--grace=5") as process:
         (os.killpg if group else os.kill)(process.pid, number)
@@ -88,9 +87,8 @@ def test_a_signal_ends_the_run_within_the_grace_and_some_seconds(
     assert left_over(process) == []
     history = read_history(output)
     assert 1 <= len(history.blocks) < 5
-    if everything:
-        resumed = lab.resume(output, joined=True)
-        assert resumed.code == 0, resumed.err
+    resumed = lab.resume(output, joined=True)
+    assert resumed.code == 0, resumed.err
 
 
 def test_a_signal_to_the_group_leaves_the_block_in_progress_its_grace(lab: Lab, tmp_path: Path) -> None:
