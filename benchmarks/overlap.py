@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from memory import Shape, make
+from memory import Shape, loop_seconds, make
 
 RESULTS = Path(__file__).parent / "results" / "overlap.json"
 SHAPE = Shape(2048, 7168, 16, 8, 12)
@@ -79,12 +79,9 @@ def block_loop_seconds(model: Path, output: Path, samples: int, seqlen: int) -> 
 
     shutil.rmtree(output, ignore_errors=True)
     prune(model, output, method="wanda", pattern="2:4", calibration="random", samples=samples, seqlen=seqlen, workers=1)
-    lines = (output / "billhook/events.jsonl").read_text().splitlines()
-    blocks = [event for event in map(json.loads, lines) if event["event"] == "block"]
+    seconds = loop_seconds(output)
     shutil.rmtree(output)
-    begin: float = blocks[0]["began"]
-    end: float = blocks[-1]["time"]
-    return end - begin
+    return seconds
 
 
 def transfer_seconds(model: Path, output: Path) -> float:

@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from memory import loop_seconds
+
 RESULTS = Path(__file__).parent / "results" / "resume_cost.json"
 
 WITHOUT_SYNC = "import os\nos.fsync = lambda descriptor: None\n"
@@ -98,12 +100,9 @@ def block_loop_seconds(model: Path, output: Path, options: list[str], customisat
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(output.parent), "TIMES": str(output.parent / "times")},
     )
-    lines = (output / "billhook/events.jsonl").read_text().splitlines()
-    blocks = [event for event in map(json.loads, lines) if event["event"] == "block"]
+    seconds = loop_seconds(output)
     shutil.rmtree(output)
-    begin: float = blocks[0]["began"]
-    end: float = blocks[-1]["time"]
-    return end - begin
+    return seconds
 
 
 if __name__ == "__main__":
