@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -14,12 +15,25 @@ Envelope = tuple[bytes, list[Any]]
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Holds each exchange's messages until all ranks of its group have posted theirs; counts who has synced what."""
+    """Holds each exchange's messages until all ranks of its group have posted theirs.
+
+    It also counts who has synced what, and knows when each rank was last heard of.
+    """
 
     def __init__(self) -> None:
         self._exchanges: dict[Any, _Exchange] = defaultdict(_Exchange)
         self._synced: dict[int, int] = defaultdict(int)
         self._more_synced = asyncio.Condition()
+        self._heard: dict[int, float] = {}
+
+    async def beat(self, rank: int) -> None:
+        """Note that ``rank`` is alive."""
+        self._heard[rank] = time.monotonic()
+
+    async def silent(self, seconds: float) -> list[int]:
+        """Return the ranks that were heard of, but not within the last ``seconds``."""
+        now = time.monotonic()
+        return [rank for rank, at in self._heard.items() if now - at > seconds]
 
     async def synced(self, block: int) -> None:
         """Note that one more worker has its share of ``block`` on the disk."""

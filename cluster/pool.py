@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from billhook.cluster.exchange import RayCollective
 from billhook.cluster.mailbox import Mailbox
-from billhook.layerworkers.errors import InputError, Interrupted, RunError
+from billhook.cluster.placement import Reservation, free_places, on_this_node
+from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import (
@@ -32,8 +39,33 @@ LAST_CHANCE_SECONDS = 10.0
 POLL_SECONDS = 0.5
 """How often a call that takes long looks up whether it is to be abandoned."""
 
+BEAT_SECONDS = 2.0
+"""How often a worker says that it is alive."""
+
+SILENT_SECONDS = 30.0
+"""A worker that has said nothing for so long is taken for dead."""
+
+START_SECONDS = 120.0
+"""How long the processes of the workers may take to start."""
+
+LOG_BYTES = 2000
+"""Of a lost worker's log, what is shown."""
+
 Deadline = Callable[[], float | None]
 """Returns the monotonic time at which calls are abandoned; None: never."""
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a worker runs."""
+
+    host: str
+    address: str
+    node: str
+    """Ray's id of the node."""
+    pid: int
+    log: str
+    """File on that node."""
 
 
 @ray.remote
@@ -42,70 +74,83 @@ class WorkerActor:
 
     def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
         self._setup, self._mailbox, self._group = setup, mailbox, RayCollective(mailbox, range(size), rank)
+        threading.Thread(target=_beat, args=(mailbox, rank), name="heartbeat", daemon=True).start()
 
     def set_up(self) -> dict[str, str]:
         """Build the worker; return what of its machine and libraries decides bits."""
         self._worker = BlockWorker(self._setup, self._group, self._mailbox.synced.remote)
         return machine_facts(self._setup.device) | library_versions()
 
-    def placed(self) -> None:
-        """Return as soon as the actor's process runs."""
+    def whereabouts(self) -> Whereabouts:
+        """Return where the actor's process runs, as soon as it does."""
+        context = ray.get_runtime_context()
+        log = ray._private.worker.global_worker.get_err_file_path()
+        return Whereabouts(
+            socket.gethostname(), ray.util.get_node_ip_address(), context.get_node_id(), os.getpid(), log
+        )
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker."""
         return getattr(self._worker, method)(*arguments)
 
 
+def _beat(mailbox: Any, rank: int) -> None:
+    while True:
+        mailbox.beat.remote(rank)
+        time.sleep(BEAT_SECONDS)
+
+
 class WorkerPool:
     """Workers that make the same calls together; a context manager that ends them.
 
+    places: for one worker each; given back when the pool is closed.
     deadline: asked again and again; once the time that it returns has come, the call in progress is abandoned.
     expected: what of machine and libraries the output is recorded to depend on; None where it does not matter.
 
     Raises (all calls):
         Interrupted: when the deadline has passed.
         InputError: as raised in a worker.
-        RunError: as raised in a worker; or when a worker died, or none could be placed.
+        BlockLostError: when a worker died, or was not heard of for :data:`SILENT_SECONDS`, or failed in a way that is
+            none of ours.
+        RunError: as raised in a worker.
     """
 
     def __init__(
         self,
         setup: WorkerSetup,
-        workers: int,
+        places: Reservation,
         deadline: Deadline = lambda: None,
         expected: Mapping[str, str] | None = None,
-        placement_timeout_seconds: float = 120.0,
     ):
-        self.size = workers
-        self._deadline = deadline
+        self._deadline, self._asked_at = deadline, time.monotonic()
+        self._places = places
+        self.size = places.size
+        self.whereabouts: list[Whereabouts] = []
+        """By rank."""
         threads = {
             name: str(setup.threads)
             for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         }
-        options = {
-            "num_cpus": setup.threads,
-            "num_gpus": 1 if setup.device == "cuda" else 0,
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": threads},
-        }
+        same = {"max_restarts": 0, "runtime_env": {"env_vars": threads}}
         actor_class: Any = WorkerActor
-        self._mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
+        self._mailbox: Any = Mailbox.options(**on_this_node()).remote()  # type: ignore[attr-defined]
         self._actors = [
-            actor_class.options(**options).remote(setup, self._mailbox, workers, rank) for rank in range(workers)
+            actor_class.options(**self._places.options(rank), **same).remote(setup, self._mailbox, self.size, rank)
+            for rank in range(self.size)
         ]
         try:
-            self._outcome([actor.placed.remote() for actor in self._actors], placement_timeout_seconds)
+            self.whereabouts = self._outcome([actor.whereabouts.remote() for actor in self._actors], START_SECONDS)
             _check_alike(self._outcome([actor.set_up.remote() for actor in self._actors]), expected)
         except GetTimeoutError as error:
             self.close()
-            raise RunError(
-                f"{workers} workers of {setup.threads} CPU(s)"
-                f"{' and a GPU each' if setup.device == 'cuda' else ''} could not be placed within "
-                f"{placement_timeout_seconds:g} s; the cluster has {ray.cluster_resources()}: lower --workers"
-            ) from error
+            raise BlockLostError(f"workers did not start within {START_SECONDS:g} s") from error
         except BaseException:
             self.close()
             raise
+
+    def has_room(self) -> bool:
+        """Whether the cluster has room for another worker."""
+        return free_places(self._places.share) > 0
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -131,13 +176,13 @@ class WorkerPool:
             calls = self._submit("prune_block", task)
             if before is not None:
                 if not self._reaches_disk(before.index, calls):
-                    raise _failure(calls)
+                    raise self._failure(calls)
                 yield before
             before = _slowest(self._outcome(calls))
         if before is not None:
             calls = self._submit("finish_writing")
             if not self._reaches_disk(before.index, calls):
-                raise _failure(calls)
+                raise self._failure(calls)
             yield before
 
     def forward_block(
@@ -177,6 +222,7 @@ class WorkerPool:
             done, _ = ray.wait([synced, *pending], timeout=POLL_SECONDS)
             if not done:
                 self._check_deadline()
+                self._check_heard()
                 if until is not None and time.monotonic() > until:
                     return False
                 continue
@@ -197,12 +243,62 @@ class WorkerPool:
             done, pending = ray.wait(pending, timeout=POLL_SECONDS)
             if not done:
                 self._check_deadline()
+                self._check_heard()
                 if timeout_seconds is not None and time.monotonic() > begin + timeout_seconds:
                     raise GetTimeoutError("no worker answered")
             for call in done:
-                _check(call)
+                self._check(call, calls)
         results: list[Any] = ray.get(calls)
         return results
+
+    def _failure(self, calls: Sequence[Any]) -> Exception:
+        """Return why a block did not reach the disk, given the calls that were under way."""
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        for call in done:
+            try:
+                self._check(call, calls)
+            except (InputError, RunError) as error:
+                return error
+        return BlockLostError("Ray lost track of what is on the disk")
+
+    def _check_heard(self) -> None:
+        """Raise when a worker has not been heard of for too long."""
+        if time.monotonic() < self._asked_at + BEAT_SECONDS:
+            return
+        self._asked_at = time.monotonic()
+        try:
+            silent = ray.get(self._mailbox.silent.remote(SILENT_SECONDS), timeout=SILENT_SECONDS)
+        except RayError as error:
+            raise BlockLostError(f"the workers' mailbox does not answer: {error}") from error
+        if silent:
+            raise self._lost(silent[0], f"was not heard of for {SILENT_SECONDS:g} s")
+
+    def _check(self, call: Any, calls: Sequence[Any]) -> None:
+        """Raise the failure of one of ``calls`` (by rank) that is done, if it failed, as one of ours."""
+        try:
+            ray.get(call)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, InputError | RunError):
+                raise type(cause)(str(cause)) from None
+            if isinstance(cause, RayError):  # in the middle of an exchange with one that died
+                raise BlockLostError(f"a worker lost touch with another: {cause}") from error
+            raise BlockLostError(f"a worker failed: {error}") from error
+        except RayActorError as error:
+            reason = str(error).strip().splitlines()[-1].partition("Some common causes")[0].strip()
+            raise self._lost(
+                list(calls).index(call), f"died ({reason}); its machine may have run out of memory"
+            ) from error
+        except RayError as error:
+            raise BlockLostError(f"Ray failed: {error}") from error
+
+    def _lost(self, rank: int, what: str) -> BlockLostError:
+        if rank >= len(self.whereabouts):
+            return BlockLostError(f"worker {rank} {what}")
+        where = self.whereabouts[rank]
+        log = _tail(where)
+        told = f"; the end of its log:\n{log}" if log else ""
+        return BlockLostError(f"worker {rank} (process {where.pid} on {where.host}, {where.address}) {what}{told}")
 
     def _check_deadline(self) -> None:
         deadline = self._deadline()
@@ -214,17 +310,8 @@ class WorkerPool:
         for actor in [*self._actors, self._mailbox]:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
-
-
-def _failure(calls: list[Any]) -> Exception:
-    """Return why a block did not reach the disk, given the calls that were under way."""
-    done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-    for call in done:
-        try:
-            _check(call)
-        except (InputError, RunError) as error:
-            return error
-    return RunError("Ray lost track of what is on the disk; run the same command again to go on")
+        with contextlib.suppress(RayError, ValueError):
+            self._places.release()
 
 
 def _slowest(reports: list[BlockReport]) -> BlockReport:
@@ -245,19 +332,22 @@ def _check_alike(workers: Sequence[Mapping[str, str]], expected: Mapping[str, st
             )
 
 
-def _check(call: Any) -> None:
-    """Raise the failure of a call that is done, if it failed, as one of ours."""
+def _tail(where: Whereabouts) -> str:
+    """Return the last lines of a worker's log; empty where they cannot be had."""
+    if where.node == ray.get_runtime_context().get_node_id():
+        return _read_tail(where.log)
+    there = NodeAffinitySchedulingStrategy(where.node, soft=False)
+    call: Any = ray.remote(_read_tail)
     try:
-        ray.get(call)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, InputError | RunError):
-            raise type(cause)(str(cause)) from None
-        raise RunError(f"a worker failed: {error}") from error
-    except RayActorError as error:
-        raise RunError(
-            f"a worker died ({str(error).strip().splitlines()[-1].strip()}): the machine may have run out of "
-            "memory; run the same command again to go on from the last finished block"
-        ) from error
-    except RayError as error:
-        raise RunError(f"Ray failed: {error}; run the same command again to go on") from error
+        tail: str = ray.get(call.options(num_cpus=0, scheduling_strategy=there).remote(where.log), timeout=10)
+    except RayError:  # the node is gone, too
+        return ""
+    return tail
+
+
+def _read_tail(path: str) -> str:
+    try:
+        lines = Path(path).read_bytes()[-LOG_BYTES:].decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(line for line in lines if line and not line.startswith((":job_id:", ":actor_name:")))

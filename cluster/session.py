@@ -68,7 +68,7 @@ def ray_session(address: str | None, cpus: int, gpus: int, object_store_bytes: i
 def _join(address: str) -> Iterator[None]:
     import ray
 
-    with _signals_are_ours():
+    with _signals_and_output_are_ours():
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -92,7 +92,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
     try:
         with (
             _environment({**_LOOPBACK_ONLY, "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION_VARIABLE: str(folder)}),
-            _signals_are_ours(),
+            _signals_and_output_are_ours(),
         ):
             import ray
 
@@ -140,8 +140,8 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_are_ours() -> Iterator[None]:
-    """Keep signals from the processes that Ray starts meanwhile, and Ray from the handlers of this one.
+def _signals_and_output_are_ours() -> Iterator[None]:
+    """Keep signals from the processes that Ray starts meanwhile, and Ray from this one's handlers and output.
 
     What is sent to the whole process group then reaches this process alone, which ends the others when it is time. Of
     SIGTERM Ray's own processes make use, so it is not blocked in them; but they get process groups of their own.
@@ -152,17 +152,20 @@ def _signals_are_ours() -> Iterator[None]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     popen, set_handler = subprocess.Popen.__init__, ray._private.utils.set_sigterm_handler
+    listen = ray._private.worker.listen_error_messages
 
     def in_own_group(self: Any, *args: Any, **kwargs: Any) -> None:
         popen(self, *args, **{"process_group": 0, **kwargs})
 
     subprocess.Popen.__init__ = in_own_group  # type: ignore[method-assign]
     ray._private.utils.set_sigterm_handler = lambda handler: None  # Ray's exits with 15, without a word
+    ray._private.worker.listen_error_messages = lambda *_: None  # it would print to standard output: calls fail anyway
     try:
         yield
     finally:
         subprocess.Popen.__init__ = popen  # type: ignore[method-assign]
         ray._private.utils.set_sigterm_handler = set_handler
+        ray._private.worker.listen_error_messages = listen
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 if handler is not None:

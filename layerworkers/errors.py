@@ -11,5 +11,9 @@ class RunError(RuntimeError):
     """The run failed and can be resumed (exit code 1)."""
 
 
+class BlockLostError(RunError):
+    """The block in progress is lost, for a reason that may pass: it is worth another try with new workers."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: the user or the system asked for it
     """The run was asked to end and can be resumed (exit code 130)."""

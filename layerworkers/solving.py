@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.collective import Collective, all_gather, as_bytes, broadcast_tensor_, from_bytes, gather_to
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import NM, Selector
 from billhook.layerworkers.problem import LinearProblem
@@ -170,7 +170,7 @@ def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: T
         sparse = torch.where(sparse == dense.float(), dense, sparse)
     sparse.masked_fill_(sparse == 0, 0.0)
     if not torch.isfinite(sparse).all():
-        raise RunError(f"{linear.disk_name}: {method.name} gave a weight that is not finite in {dtype}")
+        raise BlockLostError(f"{linear.disk_name}: {method.name} gave a weight that is not finite in {dtype}")
     return sparse
 
 

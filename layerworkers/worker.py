@@ -15,7 +15,7 @@ from torch.nn import functional
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.collective import Collective
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import BlockLostError, InputError, RunError
 from billhook.layerworkers.files import shared_lock
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.methods import METHODS
@@ -300,7 +300,7 @@ class BlockWorker:
     def _check_hidden(self, index: int) -> None:
         for sample, hidden in zip(self._samples, self._hidden, strict=True):
             if not torch.isfinite(hidden).all():
-                raise RunError(
+                raise BlockLostError(
                     f"block {index}: the output for sample {sample.index} is not finite in {hidden.dtype}; "
                     "try --dtype float32"
                 )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -16,25 +13,25 @@ from typing import TYPE_CHECKING, Any, Unpack
 from billhook.cluster.session import remove_leftovers
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
 from billhook.layerworkers.files import disk_failure
-from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
+from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
+from billhook.orchestrator.block_loop import Run, commit_blocks, sparsity_of
 from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary
 from billhook.orchestrator.card import model_card
 from billhook.orchestrator.history import History, branch_point, read_history
 from billhook.orchestrator.interruption import Interruption
-from billhook.orchestrator.journal import FOLDER, append
-from billhook.orchestrator.keeping import create_kept, find_kept, kept_size_bytes, remove_kept
+from billhook.orchestrator.journal import append
+from billhook.orchestrator.keeping import remove_kept
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, estimate, make_plan
 from billhook.orchestrator.printing import arrangement_as_text
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
 from billhook.orchestrator.request import make_request
-from billhook.orchestrator.workers import Progress, no_progress, worker_pool
+from billhook.orchestrator.workers import Progress, no_progress
 
 if TYPE_CHECKING:
-    from billhook.cluster.pool import WorkerPool
+    pass
 
 
 @dataclass(frozen=True)
@@ -188,12 +185,6 @@ def _prune(
     )
 
 
-def sparsity_of(linears: Sequence[LinearReport]) -> float:
-    """Return zeros over elements of the linears pruned."""
-    elements = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    return sum(linear.zeros for linear in linears) / elements if elements else 0.0
-
-
 def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> dict[str, Any]:
     """Return what was asked for as JSON values that mean the same in any working folder."""
     asked: dict[str, Any] = {
@@ -231,7 +222,7 @@ def _run(
     peak = {"vram": 0, "ram": 0, "disk": 0}
     if unpruned:
         try:
-            peak = _run_blocks(plan, windows, output, lock, history, report, interruption)
+            peak = commit_blocks(Run(plan, windows, output, lock, report, interruption))
         except RunError as error:
             if interruption.asked:  # a signal to the whole process group ends the workers too
                 raise Interrupted(str(error)) from error
@@ -241,121 +232,6 @@ def _run(
         out.copy_tensors(layout.rest, output)
         append(output, "rest", {"tensors": len(layout.rest)})
     return peak
-
-
-def _run_blocks(
-    plan: Plan,
-    windows: Windows | None,
-    output: Path,
-    lock: out.Lock,
-    history: History,
-    report: Progress,
-    interruption: Interruption,
-) -> dict[str, int]:
-    model, total = plan.request.model, len(plan.request.model.layout.blocks)
-    scratch = str(user_path(plan.scratch) if plan.scratch else output / FOLDER)
-    own = str(out.workers_lock(output))
-    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, own)
-    recorded = history.decided[-1].fingerprint
-    kept_bytes, kept = 0, set[int]()
-    with (
-        worker_pool(setup, plan.workers, report, interruption.deadline, recorded["machine"] | recorded["versions"]) as (
-            pool,
-            memory,
-        ),
-        interruption.polled(),
-    ):
-        samples = _deal_samples(plan, windows)
-        pool.start(model.layout.stem, samples)
-        if windows is not None:
-            _carry_on(plan, pool, samples, output, history, report, interruption)
-        for done in pool.prune_blocks(_tasks(plan, len(history.blocks), output, interruption, kept)):
-            lock.check()
-            keeps = done.index + 1 in kept
-            linears = [dataclasses.asdict(linear) for linear in done.linears]
-            seconds = round(done.seconds, 3)
-            append(output, "block", {"index": done.index, "linears": linears, "seconds": seconds, "kept_inputs": keeps})
-            if keeps:
-                kept_bytes = max(kept_bytes, kept_size_bytes(output))
-                remove_kept(output, before=done.index + 1)
-            timed = {
-                "began": done.began,
-                "seconds": done.seconds,
-                "waited_seconds": done.waited_seconds,
-                "ram": memory.peak_bytes,
-            }
-            _event(output, {"event": "block", "index": done.index, **timed})
-            report("prune", done.index + 1, total, _describe(done))
-        _check_asked(interruption)
-        peak = {"vram": pool.peak_vram_bytes(), "disk": pool.scratch_bytes() + kept_bytes}
-    return {**peak, "ram": memory.peak_bytes}
-
-
-def _carry_on(
-    plan: Plan,
-    pool: WorkerPool,
-    samples: list[list[Sample]],
-    output: Path,
-    history: History,
-    report: Progress,
-    interruption: Interruption,
-) -> None:
-    """Carry the samples through the committed blocks, from the last kept inputs on."""
-    blocks, committed, begin = plan.request.model.layout.blocks, len(history.blocks), 0
-    if history.kept_inputs is not None:
-        kept = find_kept(output, history.kept_inputs, plan.request.samples, plan.hidden_bytes)
-        try:
-            if kept is not None:
-                pool.restore_inputs(kept)
-                begin = history.kept_inputs
-        except RunError:  # they cannot be read: replay everything
-            pool.start(plan.request.model.layout.stem, samples)
-    for block in blocks[begin:committed]:
-        _check_asked(interruption)
-        ahead = plan.arrangement.placements[block.index].read_ahead
-        later = blocks[block.index + 1 : committed][:1] if ahead else ()
-        tensors = [_in_output(each.tensors, output) for each in (block, *later)]
-        pool.forward_block(block.index, *tensors)
-        report("replay", block.index + 1, len(blocks), "")
-
-
-def _tasks(plan: Plan, first: int, output: Path, interruption: Interruption, kept: set[int]) -> Iterator[BlockTask]:
-    """Yield the tasks of the blocks from ``first`` on, until asked to end; note in ``kept`` whose inputs are."""
-    for block in plan.request.model.layout.blocks[first:]:
-        if interruption.asked:
-            return
-        after, keep = block.index + 1, None
-        if plan.keeps_inputs_of(after):
-            with contextlib.suppress(RunError):  # a run can do without
-                keep = create_kept(output, after, plan.request.samples, plan.hidden_bytes)
-                kept.add(after)
-        yield plan.task(block.index, output, keep)
-
-
-def _check_asked(interruption: Interruption) -> None:
-    if interruption.asked:
-        raise Interrupted("ended between two blocks")
-
-
-def _deal_samples(plan: Plan, windows: Windows | None) -> list[list[Sample]]:
-    """Give each worker a consecutive range of whole partitions."""
-    if windows is None:
-        return [[] for _ in range(plan.workers.count)]
-    size = plan.request.recipe.partition_samples
-    samples = [Sample(index, tokens) for index, tokens in enumerate(windows.tokens)]
-    return [
-        samples[start * size : stop * size] for start, stop in even_ranges(plan.request.partitions, plan.workers.count)
-    ]
-
-
-def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTensor, ...]:
-    """Return the tensors as they lie in the unfinished output: the same offsets in its own shards."""
-    return tuple(
-        dataclasses.replace(
-            tensor, entry=dataclasses.replace(tensor.entry, path=f"{output}/{Path(tensor.entry.path).name}.part")
-        )
-        for tensor in tensors
-    )
 
 
 def _finish(plan: Plan, windows: Windows | None, output: Path) -> None:
@@ -385,20 +261,3 @@ def _reports(history: History) -> tuple[LinearReport, ...]:
         for block in history.blocks
         for linear in block["linears"]
     )
-
-
-def _describe(done: BlockReport) -> str:
-    if not done.linears:
-        return f"nothing to prune, {done.seconds:.1f} s"
-    worst = max(done.linears, key=lambda linear: linear.error)
-    raised = [linear.name for linear in done.linears if len(linear.dampings) > 1]
-    notes = f", damping raised for {', '.join(raised)}" if raised else ""
-    return (
-        f"sparsity {sparsity_of(done.linears):.4f}, largest error {worst.error:.4f} ({worst.name}), "
-        f"{done.seconds:.1f} s{notes}"
-    )
-
-
-def _event(output: Path, event: dict[str, Any]) -> None:
-    with (output / FOLDER / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), **event}) + "\n")

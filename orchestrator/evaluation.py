@@ -36,7 +36,15 @@ from billhook.orchestrator.planning import block_work
 from billhook.orchestrator.probe import measured_rates
 from billhook.orchestrator.recipe import RunOptions, read_options
 from billhook.orchestrator.request import check_context
-from billhook.orchestrator.workers import Progress, Workers, no_progress, worker_pool
+from billhook.orchestrator.workers import (
+    PATIENCE_SECONDS,
+    Progress,
+    Workers,
+    no_progress,
+    ray_for,
+    reserve_places,
+    start_pool,
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,12 @@ def evaluate(
     report = no_progress if progress is None else progress
     count, blocks = arrangement.workers, model.layout.blocks
     setup = model.worker_setup(threads, arrangement.activations, str(parked))
-    with worker_pool(setup, Workers(count, threads, address), report) as (pool, memory):
-        shares = [samples[start:stop] for start, stop in even_ranges(len(samples), count)]
+    wanted = Workers(count, threads, address, count)
+    with (
+        ray_for(wanted, model.device, report) as memory,
+        start_pool(setup, reserve_places(wanted, model.device, count, PATIENCE_SECONDS)) as pool,
+    ):
+        shares = [samples[start:stop] for start, stop in even_ranges(len(samples), pool.size)]
         pool.start(model.layout.stem, shares)
         for block in blocks:
             later = blocks[block.index + 1 : block.index + 2] if arrangement.placements[block.index].read_ahead else ()

@@ -63,11 +63,13 @@ def arrange(
     wanted: Mapping[str, str],
     output_bytes: int,
     head: Need | None = None,
+    per_node: int | None = None,
 ) -> Arrangement:
     """Return the fastest way of working that the budgets allow.
 
     worker_counts: those allowed, the best first. wanted: tiers that the user fixed, by option. head: what each worker
-    needs after the blocks, beside its activations.
+    needs after the blocks, beside its activations. per_node: how many workers share a node's RAM and disk, those that
+    need most; None: all of them.
 
     Raises:
         DoesNotFitError: when none is: the smallest budget that would do is named.
@@ -77,7 +79,19 @@ def arrange(
     for workers in worker_counts:
         best: Arrangement | None = None
         for activations in _tiers(wanted["activations"]):
-            made = _arrange_with(job, blocks, within, rates, workers, activations, own_bytes, wanted, smallest, head)
+            made = _arrange_with(
+                job,
+                blocks,
+                within,
+                rates,
+                workers,
+                activations,
+                own_bytes,
+                wanted,
+                smallest,
+                head,
+                workers if per_node is None else min(workers, per_node),
+            )
             if made is not None and (best is None or made.extra_seconds < best.extra_seconds):
                 best = made
         if best is not None:
@@ -118,9 +132,10 @@ def _arrange_with(
     wanted: Mapping[str, str],
     smallest: dict[str, int],
     head: Need | None,
+    per_node: int,
 ) -> Arrangement | None:
     """Choose each block's placement, given where the activations are; None where a block has none that fits."""
-    fixed = processes_bytes(workers, own_bytes) + store_bytes(workers)
+    fixed = processes_bytes(per_node, own_bytes) + store_bytes(workers)
     chosen: dict[object, tuple[Placement, dict[str, list[Need]], float]] = {}
     placements: list[Placement] = []
     phases: dict[str, Need] = {}
@@ -137,7 +152,7 @@ def _arrange_with(
                 if head is not None:
                     hidden = facts.footprint.hidden_bytes * -(-job.samples // workers)
                     by_phase["head"] = [at_tier(activations, hidden) + head] * workers
-                exceeded = _exceeded(_node(by_phase, fixed, on_cpu), budgets)
+                exceeded = _exceeded(_node(by_phase, per_node, fixed, on_cpu), budgets)
                 for option, size in exceeded.items():
                     misses[option] = min(misses.get(option, size), size)
                 if not exceeded:
@@ -151,9 +166,9 @@ def _arrange_with(
         placements.append(placement)
         extra += seconds
         for name, own in by_phase.items():
-            total = _node({name: own}, fixed, on_cpu)
+            total = _node({name: own}, per_node, fixed, on_cpu)
             phases[name] = larger(phases.get(name, total), total)
-        peak = larger(peak, _node(by_phase, fixed, on_cpu))
+        peak = larger(peak, _node(by_phase, per_node, fixed, on_cpu))
     if short:
         for option, size in short.items():
             smallest[option] = min(smallest.get(option, size), size)
@@ -175,9 +190,12 @@ def _exceeded(need: Need, budgets: Budgets) -> dict[str, int]:
     return {}
 
 
-def _node(by_phase: Mapping[str, Sequence[Need]], fixed_bytes: int, on_cpu: bool) -> Need:
+def _node(by_phase: Mapping[str, Sequence[Need]], per_node: int, fixed_bytes: int, on_cpu: bool) -> Need:
     """Return the device's worst phase on one worker, and the worst of RAM and disk over all workers of the node."""
-    totals = [sum_of(own) for own in by_phase.values()]
+    totals = [
+        sum_of(sorted(own, key=lambda need: need.ram + need.device + need.disk)[-per_node:])
+        for own in by_phase.values()
+    ]
     return Need(
         max(each.device for own in by_phase.values() for each in own),
         fixed_bytes + max(total.ram + (total.device if on_cpu else 0) for total in totals),

@@ -46,13 +46,14 @@ class Plan:
     """How a request is met on this machine: no byte of the output depends on it."""
 
     request: Request
+    resources: Resources
     workers: Workers
     budgets: Budgets
     rates: Rates
+    own_bytes: int
+    """Memory of a process that has imported the libraries."""
     arrangement: Arrangement
     """Where everything is kept."""
-    scratch: str | None
-    """Folder for what is kept on disk; None: in the output."""
     keep_every: int
     """After how many blocks the inputs of the next are kept in the output; 0: never."""
     hidden_bytes: int
@@ -109,40 +110,78 @@ def make_plan(request: Request, resources: Resources, output: Path | None = None
     Raises:
         InputError: where no way of working fits the budgets, or the machine lacks what was asked for.
     """
-    recipe, method, opened = request.recipe, request.method, request.model
-    job = Job(recipe, method, method.options(**request.options), request.pattern, request.samples)
+    recipe, opened = request.recipe, request.model
+    job = _job(request)
     useful = job.partitions if job.samples else 1
-    most = resolve_workers(resources.workers, opened.device, recipe.threads, useful)
+    here = resolve_workers("auto", opened.device, recipe.threads, useful)
+    most = here if resources.workers == "auto" else resources.workers
+    wanted = useful if resources.workers == "auto" and resources.address is not None else most
     check_gpus(most, opened.device, resources.address)
     own = own_bytes(os.getpid())  # before CUDA and the probe leave their traces, which a worker starts without
     budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, opened.device, output, resources.scratch)
     rates = measured_rates(opened)
     work = block_work(opened, request.linears, recipe.seqlen or 0)
     counts = range(most, 0, -1) if resources.workers == "auto" else [most]
-    tiers = {name: getattr(resources, name) for name in ("activations", "intermediates", "statistics")}
+    per_node = None if resources.address is None else here
     size = output_bytes(opened.checkpoint)
     misfit, within = None, budgets
     while True:
         try:
-            arrangement = arrange(job, work, within, rates, counts, own, tiers, size)
+            arrangement = arrange(job, work, within, rates, counts, own, _tiers(resources), size, per_node=per_node)
             break
         except DoesNotFitError as error:
             if output is not None:
                 raise
             misfit, within = misfit or str(error), error.smallest
     hidden = work[0].footprint.hidden_bytes
+    alone = resources.address is None
     return Plan(
         request,
-        Workers(arrangement.workers, recipe.threads, resources.address),
+        resources,
+        Workers(arrangement.workers, recipe.threads, resources.address, arrangement.workers if alone else wanted),
         budgets,
         rates,
+        own,
         arrangement,
-        resources.scratch,
         _cadence(request, resources, rates, arrangement, hidden, within.disk),
         hidden,
         _elsewhere(job, work, size, own) if output is None else {},
         misfit,
     )
+
+
+def with_workers(plan: Plan, workers: int) -> Plan:
+    """Return the plan with another number of workers, which there turned out to be: all else holds.
+
+    Raises:
+        InputError: where no way of working fits the budgets.
+    """
+    if workers == plan.arrangement.workers:
+        return plan
+    request, resources = plan.request, plan.resources
+    opened = request.model
+    useful = _job(request).partitions if request.samples else 1
+    arrangement = arrange(
+        _job(request),
+        block_work(opened, request.linears, request.recipe.seqlen or 0),
+        plan.budgets,
+        plan.rates,
+        [workers],
+        plan.own_bytes,
+        _tiers(resources),
+        output_bytes(opened.checkpoint),
+        per_node=resolve_workers("auto", opened.device, request.recipe.threads, useful),
+    )
+    return replace(plan, arrangement=arrangement, workers=replace(plan.workers, count=workers))
+
+
+def _job(request: Request) -> Job:
+    options = request.method.options(**request.options)
+    return Job(request.recipe, request.method, options, request.pattern, request.samples)
+
+
+def _tiers(resources: Resources) -> dict[str, str]:
+    return {name: getattr(resources, name) for name in ("activations", "intermediates", "statistics")}
 
 
 def _cadence(

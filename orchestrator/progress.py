@@ -14,6 +14,7 @@ _LABELS = {
     "start": "starting",
     "replay": "replaying",
     "prune": "pruning",
+    "lost": "lost",
     "copy": "copying",
     "eval": "evaluating",
 }
@@ -47,4 +48,6 @@ def _print_line(phase: str, done: int, total: int, message: str) -> None:
 
 
 def _step(phase: str, done: int, total: int) -> str:
-    return f"{_LABELS[phase]} {f'block {done} of {total}' if phase in ('prune', 'replay', 'eval') else ''}".strip()
+    return (
+        f"{_LABELS[phase]} {f'block {done} of {total}' if phase in ('prune', 'replay', 'eval', 'lost') else ''}".strip()
+    )

@@ -13,7 +13,11 @@ from billhook.layerworkers.tasks import WorkerSetup
 from billhook.orchestrator.phases import store_bytes
 
 if TYPE_CHECKING:
+    from billhook.cluster.placement import Reservation
     from billhook.cluster.pool import WorkerPool
+
+PATIENCE_SECONDS = 60.0
+"""How long to wait for room for all workers that were asked for, before those are used that there is room for."""
 
 Progress = Callable[[str, int, int, str], None]
 """``progress(phase, done, total, message)``."""
@@ -31,28 +35,38 @@ class Workers:
     threads: int
     address: str | None
     """Ray cluster to join; None starts one on this machine."""
+    most: int
+    """As many as are used where a cluster has room for them: at least ``count``."""
 
 
 @contextmanager
-def worker_pool(
-    setup: WorkerSetup,
-    workers: Workers,
-    progress: Progress,
-    deadline: Callable[[], float | None] = lambda: None,
-    expected: Mapping[str, str] | None = None,
-) -> Iterator[tuple[WorkerPool, PeakMemory]]:
-    """Start or join Ray and start the workers; end all of it again.
-
-    deadline, expected: see :class:`WorkerPool`.
+def ray_for(workers: Workers, device: str, progress: Progress) -> Iterator[PeakMemory]:
+    """Start or join Ray and measure memory; end both again.
 
     Raises:
-        InputError, RunError: as the session and the pool do.
+        InputError: as the session does.
     """
-    gpus = workers.count if setup.device == "cuda" else 0
-    progress("start", 0, 1, f"Ray with {workers.count} {setup.device} worker{'s' if workers.count > 1 else ''}")
+    gpus = workers.count if device == "cuda" else 0
+    progress("start", 0, 1, f"Ray with {workers.count} {device} worker{'s' if workers.count > 1 else ''}")
     cpus = workers.count * workers.threads
     with ray_session(workers.address, cpus, gpus, store_bytes(workers.count)), PeakMemory() as memory:
-        from billhook.cluster.pool import WorkerPool  # imports ray, which must see the session's environment
+        yield memory
 
-        with WorkerPool(setup, workers.count, deadline, expected) as pool:
-            yield pool, memory
+
+def reserve_places(workers: Workers, device: str, enough: int, patience_seconds: float) -> Reservation:
+    """Reserve places on the Ray that :func:`ray_for` has started or joined; see :func:`placement.reserve`."""
+    from billhook.cluster.placement import Share, reserve  # imports ray, which must see the session's environment
+
+    return reserve(workers.most, enough, Share(workers.threads, 1 if device == "cuda" else 0), patience_seconds)
+
+
+def start_pool(
+    setup: WorkerSetup,
+    places: Reservation,
+    deadline: Callable[[], float | None] = lambda: None,
+    expected: Mapping[str, str] | None = None,
+) -> WorkerPool:
+    """Start workers at places that were reserved; see :class:`WorkerPool`."""
+    from billhook.cluster.pool import WorkerPool
+
+    return WorkerPool(setup, places, deadline, expected)

@@ -80,6 +80,10 @@ class Lab:
             self.cluster if joined else {},
         )
 
+    def command(self, output: Path) -> list[str]:
+        """Return the arguments of ``billhook`` that prune the model, but for the number of workers."""
+        return prune_command(self.model, self.text, output)
+
     def contents(self, output: Path) -> dict[str, bytes]:
         """Return everything that must not depend on how a run went."""
         return contents_of(output)

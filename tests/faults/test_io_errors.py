@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +91,33 @@ def test_what_lies_after_the_last_commit_is_of_no_account(
     assert lab.resume(output, joined=True, workers=1).code == 0
     assert lab.contents(output) == lab.expected
     assert not activations.exists()
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="no mount namespaces here",
+)
+def test_a_disk_that_fills_up_is_said_with_figures_and_the_run_goes_on_once_there_is_room(
+    lab: Lab, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--all-faults"):
+        pytest.skip("starts Ray twice; ENOSPC is injected above")
+    size_kib = sum(path.stat().st_size for path in lab.model.glob("*.safetensors")) // 1024
+    command = [sys.executable, "-m", "billhook.orchestrator", *lab.command(tmp_path / "disk/out")]
+    command += ["--workers=1", "--disk=1GiB", "--keep-inputs=never"]
+    script = f"""
+        mkdir disk && mount -t tmpfs -o size={size_kib // 2}k none disk
+        {shlex.join(command)}; echo $?; ls disk/out
+        mount -o remount,size={4 * size_kib}k disk
+        {shlex.join(command)}; echo $?; cp -r disk/out .
+    """
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    first, *listed, second = done.stdout.split()
+    assert (first, second) == ("1", "0"), done.stderr
+    assert re.search(r"the disk is full: .* failed, \d+ bytes are free", done.stderr), done.stderr
+    assert any(name.endswith(".part") for name in listed)
+    assert lab.contents(tmp_path / "out") == lab.expected

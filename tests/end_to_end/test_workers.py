@@ -1,0 +1,123 @@
+"""Whatever the number of workers, and whatever becomes of them: the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from billhook.cluster import pool
+from billhook.cluster.session import marked_processes
+from billhook.orchestrator import RunError, prune, status
+from billhook.orchestrator.journal import read_journal
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32}
+"""Five partitions of four samples, the last one short; several row partitions in every linear."""
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Everything that must not depend on how a run went."""
+    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
+
+
+def worker_processes() -> list[int]:
+    commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in marked_processes()}
+    return [pid for pid, path in commands.items() if path.exists() and b"WorkerActor" in path.read_bytes()]
+
+
+def pools(output: Path) -> list[int]:
+    """Return how many workers each pool of a run had."""
+    events = map(json.loads, (output / "billhook" / "events.jsonl").read_text().splitlines())
+    return [len(event["nodes"]) for event in events if event["event"] == "workers"]
+
+
+def once(phase: str, done: int, act: Callable[[], None]) -> Callable[[str, int, int, str], None]:
+    """Return a progress callback that acts the first time that a step is done."""
+    left = [act]
+
+    def progress(now: str, now_done: int, total: int, message: str) -> None:
+        if (now, now_done) == (phase, done) and left:
+            left.pop()()
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """What one worker makes of it: treat as read-only."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return prune(llama, output, calibration=str(text_file), workers=1, **CALIBRATION).output
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_is_replaced(
+    llama: Path, text_file: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, what: signal.Signals
+) -> None:
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 6.0)
+    output = tmp_path / "out"
+    hit = once("prune", 1, lambda: os.kill(worker_processes()[0], what))
+    prune(llama, output, calibration=str(text_file), workers=2, progress=hit, **CALIBRATION)
+    assert contents(output) == contents(whole)
+    (lost,) = (line for line in read_journal(output) if line["kind"] == "lost")
+    assert lost["index"] in (1, 2)
+    assert ("died" if what == signal.SIGKILL else "was not heard of for 6 s") in lost["message"]
+    assert pools(output) == [2, 2]
+    assert not worker_processes()
+
+
+def test_a_block_that_is_lost_three_times_ends_the_run_and_can_be_gone_on_with(
+    llama: Path, text_file: Path, tmp_path: Path, whole: Path
+) -> None:
+    output = tmp_path / "out"
+
+    def kill(phase: str, done: int, total: int, message: str) -> None:
+        if (phase, done) == ("replay", 1) or (phase, done) == ("prune", 1):
+            os.kill(worker_processes()[0], signal.SIGKILL)
+
+    options: dict[str, Any] = {"calibration": str(text_file), "workers": 1, "keep_inputs": "never", **CALIBRATION}
+    with pytest.raises(
+        RunError, match=r"block [12] failed 3 times, the last time so: worker 0 \(process \d+ on .* died"
+    ):
+        prune(llama, output, progress=kill, **options)
+    found = status(output)
+    assert found.state == "failed"
+    assert prune(llama, output, **options).output == output
+    assert contents(output) == contents(whole)
+
+
+def test_workers_are_used_as_soon_as_there_is_room(
+    make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from billhook.orchestrator import block_loop
+
+    monkeypatch.setattr(block_loop, "PATIENCE_SECONDS", 1.0)
+    model, output = make_model(num_hidden_layers=5), tmp_path / "out"
+    options: dict[str, Any] = {"calibration": str(text_file), **CALIBRATION}
+    alone = prune(model, tmp_path / "alone", workers=1, **options).output
+
+    @ray.remote(num_cpus=3)
+    class Other:
+        pass
+
+    other = Other.remote()
+    ray.get(other.__ray_ready__.remote())
+
+    def leave() -> None:
+        ray.kill(other)
+        end = time.monotonic() + 30
+        while ray.available_resources().get("CPU", 0) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+
+    prune(model, output, workers=3, progress=once("prune", 1, leave), **options)
+    assert pools(output) == [1, 3]
+    assert contents(output) == contents(alone)
