@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import threading
@@ -19,13 +20,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from billhook.cluster.exchange import RayCollective
 from billhook.cluster.mailbox import Mailbox
 from billhook.cluster.placement import Reservation, free_places, on_this_node
+from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.shards import TensorEntry
+from billhook.layerworkers.source import check_source
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
     ModuleTensor,
+    OutputAccess,
     Sample,
     StemTask,
     WindowLoss,
@@ -66,6 +70,7 @@ class Whereabouts:
     pid: int
     log: str
     """File on that node."""
+    sees_output: bool
 
 
 @ray.remote
@@ -73,25 +78,44 @@ class WorkerActor:
     """A :class:`BlockWorker` in a process of its own; synchronous, one thread (a greenlet cannot change thread)."""
 
     def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
-        self._setup, self._mailbox, self._group = setup, mailbox, RayCollective(mailbox, range(size), rank)
+        self._setup, self._mailbox, self._rank = setup, mailbox, rank
+        self._group = RayCollective(mailbox, range(size), rank)
         threading.Thread(target=_beat, args=(mailbox, rank), name="heartbeat", daemon=True).start()
-
-    def set_up(self) -> dict[str, str]:
-        """Build the worker; return what of its machine and libraries decides bits."""
-        self._worker = BlockWorker(self._setup, self._group, self._mailbox.synced.remote)
-        return machine_facts(self._setup.device) | library_versions()
 
     def whereabouts(self) -> Whereabouts:
         """Return where the actor's process runs, as soon as it does."""
-        context = ray.get_runtime_context()
+        node = ray.get_runtime_context().get_node_id()
         log = ray._private.worker.global_worker.get_err_file_path()
-        return Whereabouts(
-            socket.gethostname(), ray.util.get_node_ip_address(), context.get_node_id(), os.getpid(), log
-        )
+        address = ray.util.get_node_ip_address()
+        sees = _sees(self._setup.output)
+        return Whereabouts(socket.gethostname(), address, node, os.getpid(), log, sees)
+
+    def set_up(self, scribe: Any) -> dict[str, str]:
+        """Build the worker; return what of its machine and libraries decides bits.
+
+        scribe: writes the output for those that do not see it.
+        """
+        setup, files = self._setup, None
+        if not _sees(setup.output):
+            assert setup.output is not None
+            files = RemoteFiles(scribe, self._rank)
+            if setup.scratch.startswith(setup.output.folder):
+                setup = dataclasses.replace(setup, scratch="")
+        check_source(setup.source, f"worker {self._rank} on {socket.gethostname()}, {ray.util.get_node_ip_address()}")
+        self._worker = BlockWorker(setup, self._group, self._mailbox.synced.remote, files)
+        return machine_facts(setup.device) | library_versions()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker."""
         return getattr(self._worker, method)(*arguments)
+
+
+def _sees(output: OutputAccess | None) -> bool:
+    """Whether this machine sees the output, if there is any."""
+    try:
+        return output is None or Path(output.lock).read_text() == output.proof
+    except OSError:
+        return False
 
 
 def _beat(mailbox: Any, rank: int) -> None:
@@ -133,6 +157,7 @@ class WorkerPool:
         }
         same = {"max_restarts": 0, "runtime_env": {"env_vars": threads}}
         actor_class: Any = WorkerActor
+        self._scribe: Any = None
         self._mailbox: Any = Mailbox.options(**on_this_node()).remote()  # type: ignore[attr-defined]
         self._actors = [
             actor_class.options(**self._places.options(rank), **same).remote(setup, self._mailbox, self.size, rank)
@@ -140,7 +165,10 @@ class WorkerPool:
         ]
         try:
             self.whereabouts = self._outcome([actor.whereabouts.remote() for actor in self._actors], START_SECONDS)
-            _check_alike(self._outcome([actor.set_up.remote() for actor in self._actors]), expected)
+            if not all(where.sees_output for where in self.whereabouts):
+                assert setup.output is not None
+                self._scribe = Scribe.options(**on_this_node()).remote(setup.output.lock)  # type: ignore[attr-defined]
+            _check_alike(self._outcome([actor.set_up.remote(self._scribe) for actor in self._actors]), expected)
         except GetTimeoutError as error:
             self.close()
             raise BlockLostError(f"workers did not start within {START_SECONDS:g} s") from error
@@ -307,7 +335,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers; what they hold is lost."""
-        for actor in [*self._actors, self._mailbox]:
+        for actor in [*self._actors, self._mailbox, *([self._scribe] if self._scribe is not None else [])]:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
         with contextlib.suppress(RayError, ValueError):

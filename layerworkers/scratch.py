@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from billhook.layerworkers.descriptors import read_into, write_from
 from billhook.layerworkers.errors import RunError
-from billhook.layerworkers.files import bytes_of, punch_hole, read_into, write_from
+from billhook.layerworkers.files import bytes_of, punch_hole
 
 BAND_BYTES = 16 << 20
 """Bytes of a parked tensor that are brought back at once where it is used band by band."""
@@ -76,12 +77,12 @@ class DiskParking:
     """Parks in one file that has no name: it vanishes with the process, however that ends."""
 
     def __init__(self, folder: str):
-        """Open the file in ``folder``, which is made if need be.
+        """Open the file in ``folder``, which is made if need be; empty: in the system's for temporary files.
 
         Raises:
             RunError: when that fails.
         """
-        self._folder = folder
+        self._folder = folder = folder or tempfile.gettempdir()
         try:
             Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as this object

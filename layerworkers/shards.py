@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.files import read_bytes
+
+Read = Callable[[str, int, int], Tensor]
+"""``read(path, start_bytes, size_bytes)`` returns a byte range as a fresh uint8 tensor; see :func:`read_bytes`."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -102,16 +106,16 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
     return prefix + raw, entries
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
+def read_tensor(entry: TensorEntry, read: Read = read_bytes) -> Tensor:
     """Read one tensor in its dtype on disk, on the CPU; of a dtype that torch lacks, its bytes as uint8 [size]."""
-    data = read_bytes(entry.path, entry.start_bytes, entry.size_bytes)
+    data = read(entry.path, entry.start_bytes, entry.size_bytes)
     dtype = DTYPES.get(entry.dtype)
     return data if dtype is None else data.view(dtype).view(entry.shape)
 
 
-def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
+def read_rows(entry: TensorEntry, start: int, stop: int, read: Read = read_bytes) -> Tensor:
     """Read rows ``start`` to ``stop`` of a tensor whose first dimension is the rows, in its dtype on disk."""
     assert 0 <= start <= stop <= entry.shape[0], f"{entry.name}: rows {start} to {stop} of {entry.shape[0]}"
     row_bytes = entry.size_bytes // entry.shape[0]
-    data = read_bytes(entry.path, entry.start_bytes + start * row_bytes, (stop - start) * row_bytes)
+    data = read(entry.path, entry.start_bytes + start * row_bytes, (stop - start) * row_bytes)
     return data.view(DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])

@@ -7,14 +7,25 @@ from typing import Any
 
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.shards import TensorEntry
+from billhook.layerworkers.source import Source
+
+
+@dataclass(frozen=True)
+class OutputAccess:
+    """The unfinished output, as the driver sees it."""
+
+    folder: str
+    lock: str
+    """File in it that whoever may write there holds a shared lock on."""
+    proof: str
+    """What that file holds: a worker that finds it there sees the output."""
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
     """How a worker computes, for its whole life."""
 
-    folder: str
-    """The source model's folder."""
+    source: Source
     dtype: str
     """Compute dtype, a torch name such as ``bfloat16``."""
     device: str
@@ -24,9 +35,9 @@ class WorkerSetup:
     activations: str = "device"
     """Where hidden states wait between blocks: ``device``, ``ram`` or ``disk``; never changes bytes."""
     scratch: str = ""
-    """Folder for what is kept on ``disk``."""
-    lock: str = ""
-    """File that the worker holds a shared lock on for as long as it may write to the output; empty: it never does."""
+    """Folder for what is kept on ``disk``; empty: the system's for temporary files."""
+    output: OutputAccess | None = None
+    """None: nothing is written."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,16 +11,19 @@ import torch
 from torch import Tensor
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.files import bytes_of, open_to_write, sync_descriptor, write_from
+from billhook.layerworkers.files import bytes_of, read_bytes
+from billhook.layerworkers.output_files import OutputFiles
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.shards import FLOAT_DTYPES, TensorEntry, read_tensor
+from billhook.layerworkers.shards import FLOAT_DTYPES, Read, TensorEntry, read_tensor
 from billhook.layerworkers.tasks import ModuleTensor
 
 
 class BlockReader:
     """Reads tensors of blocks, checks that they are finite, and can begin before they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: str, files: OutputFiles):
+        """output: a folder whose files are read through ``files``; empty: none is."""
+        self._output, self._files = output, files
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[str, Future[Tensor]] = {}
         self.waited_seconds = 0.0
@@ -32,7 +34,7 @@ class BlockReader:
         if after is not None:
             self._thread.submit(wait, [after])
         for tensor in tensors:
-            self._ahead[tensor.entry.name] = self._thread.submit(read_finite, tensor.entry)
+            self._ahead[tensor.entry.name] = self._thread.submit(read_finite, tensor.entry, self.bytes_of)
 
     def read(self, entry: TensorEntry) -> Tensor:
         """Return a tensor in its dtype on disk, on the CPU.
@@ -44,24 +46,25 @@ class BlockReader:
         begin = time.monotonic()
         try:
             ahead = self._ahead.pop(entry.name, None)
-            return read_finite(entry) if ahead is None else ahead.result()
+            return read_finite(entry, self.bytes_of) if ahead is None else ahead.result()
         finally:
             self.waited_seconds += time.monotonic() - begin
 
+    def bytes_of(self, path: str, start_bytes: int, size_bytes: int) -> Tensor:
+        """Return a byte range as uint8, of the source or of the output."""
+        ours = self._output and path.startswith(f"{self._output}/")
+        return (self._files.read if ours else read_bytes)(path, start_bytes, size_bytes)
+
 
 class BlockWriter:
-    """Writes tensors into the output's unfinished shards, in a thread, in the order in which they come.
+    """Writes tensors into the output's unfinished shards, in a thread, in the order in which they come."""
 
-    A shard that was opened stays open: writing goes to the file that was there, whatever takes its name later, and
-    what the system could not write is told to the one who wrote it.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, files: OutputFiles):
+        self._files = files
         self._thread = ThreadPoolExecutor(1, "write")
         self._writes: list[Future[None]] = []
-        self._open: dict[str, int] = {}
         self._touched: set[str] = set()
-        self._rows: dict[str, int] = {}
+        self._rows: set[str] = set()
         self.written: Future[None] | None = None
         """Done when the data that :meth:`sync` was last called for is not needed any more."""
         self._syncing: Future[None] | None = None
@@ -74,10 +77,8 @@ class BlockWriter:
         self._touched.add(path)
 
         def run() -> None:
-            if path not in self._open:
-                self._open[path] = open_to_write(path)
             tensor = read_tensor(entry) if data is None else data
-            write_from(self._open[path], bytes_of(tensor), entry.start_bytes, path)
+            self._files.write(path, entry.start_bytes, bytes_of(tensor))
 
         self._writes.append(self._thread.submit(run))
 
@@ -89,10 +90,9 @@ class BlockWriter:
         """
         row_bytes = entry.size_bytes // entry.shape[0]
         assert data.nbytes == row_bytes, f"{entry.path}: rows of {row_bytes} bytes, not {data.nbytes}"
-        if entry.path not in self._rows:
-            self._rows[entry.path] = open_to_write(entry.path)
+        self._rows.add(entry.path)
         view = bytes_of(data.to("cpu").contiguous())
-        write_from(self._rows[entry.path], view, entry.start_bytes + row * row_bytes, entry.path)
+        self._files.write(entry.path, entry.start_bytes + row * row_bytes, view)
 
     def sync(self, then: Callable[[], None]) -> None:
         """Begin to sync what was written since the last time, and call ``then`` once it is on the disk.
@@ -105,17 +105,17 @@ class BlockWriter:
         self.wait()
         touched, self._touched = sorted(self._touched), set()
         writes, self._writes = self._writes, []
-        rows, self._rows = self._rows, {}
+        rows, self._rows = sorted(self._rows), set()
         self.written = self._thread.submit(lambda: None)
 
         def run() -> None:
             for write in writes:
                 write.result()
             for path in touched:
-                sync_descriptor(self._open[path], path)
-            for path, descriptor in rows.items():
-                sync_descriptor(descriptor, path)
-                os.close(descriptor)
+                self._files.sync(path)
+            for path in rows:
+                self._files.sync(path)
+                self._files.close(path)
             then()
 
         self._syncing = self._thread.submit(run)
@@ -140,14 +140,14 @@ class BlockWriter:
         self.waited_seconds += time.monotonic() - begin
 
 
-def read_finite(entry: TensorEntry) -> Tensor:
+def read_finite(entry: TensorEntry, read: Read) -> Tensor:
     """Read a tensor in its dtype on disk.
 
     Raises:
         InputError: when it holds NaN or infinity: the tensor is named.
         RunError: when the disk fails.
     """
-    tensor = read_tensor(entry)
+    tensor = read_tensor(entry, read)
     if entry.dtype in FLOAT_DTYPES:
         check_finite(entry, tensor)
     return tensor

@@ -15,10 +15,11 @@ from torch.nn import functional
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.collective import Collective
+from billhook.layerworkers.descriptors import shared_lock
 from billhook.layerworkers.errors import BlockLostError, InputError, RunError
-from billhook.layerworkers.files import shared_lock
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.output_files import LocalFiles, OutputFiles
 from billhook.layerworkers.reduction import Node
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
@@ -51,20 +52,31 @@ HEAD_SLICE_BYTES = 64 << 20
 class BlockWorker:
     """Runs blocks of one model over its share of the samples, in step with the other workers of ``group``."""
 
-    def __init__(self, setup: WorkerSetup, group: Collective, synced: Callable[[int], None] = lambda index: None):
-        """synced: called from another thread once this worker's share of a pruned block is on the disk."""
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        group: Collective,
+        synced: Callable[[int], None] = lambda index: None,
+        files: OutputFiles | None = None,
+    ):
+        """synced: called from another thread once this worker's share of a pruned block is on the disk.
+
+        files: how it reads and writes the output; None: its machine sees it.
+        """
         return_large_blocks()
         self._setup, self._group, self._synced = setup, group, synced
-        self._lock = shared_lock(setup.lock) if setup.lock else None
+        self._lock = shared_lock(setup.output.lock) if setup.output is not None and files is None else None
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
             torch.set_num_threads(setup.threads)
         else:
             torch.backends.cuda.matmul.allow_tf32 = False
         self._skeleton = Skeleton(
-            Path(setup.folder), getattr(torch, setup.dtype), self._device, setup.trust_remote_code
+            Path(setup.source.folder), getattr(torch, setup.dtype), self._device, setup.trust_remote_code
         )
-        self._reader, self._writer = BlockReader(), BlockWriter()
+        files = files or LocalFiles()
+        self._reader = BlockReader(setup.output.folder if setup.output is not None else "", files)
+        self._writer = BlockWriter(files)
         self._samples: list[Sample] = []
         self._hidden = Activations(self._device, None)
         self._arguments: list[Arguments] | None = None
@@ -100,7 +112,7 @@ class BlockWorker:
         """
         for position, sample in enumerate(self._samples):
             hidden = self._hidden[position]
-            kept = read_rows(entry, sample.index, sample.index + 1)
+            kept = read_rows(entry, sample.index, sample.index + 1, self._reader.bytes_of)
             self._hidden[position] = kept.view(hidden.dtype).view(hidden.shape).to(self._device)
 
     @torch.inference_mode()

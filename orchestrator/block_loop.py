@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
+from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, OutputAccess, Sample
 from billhook.orchestrator import output as out
 from billhook.orchestrator.calibration import Windows
 from billhook.orchestrator.history import History, read_history
@@ -43,6 +43,7 @@ class Run:
 
     plan: Plan
     windows: Windows | None
+    access: OutputAccess
     output: Path
     lock: out.Lock
     report: Progress
@@ -102,9 +103,8 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
         raise RunError(f"there is room for {places.size} of {run.plan.workers.count} workers only: {error}") from error
     history = read_history(run.output)
     scratch = str(user_path(plan.resources.scratch) if plan.resources.scratch else run.output / FOLDER)
-    own = str(out.workers_lock(run.output))
     model = plan.request.model
-    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, own)
+    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, run.access)
     recorded = history.decided[-1].fingerprint
     expected = recorded["machine"] | recorded["versions"]
     kept_bytes, kept = 0, set[int]()
@@ -116,7 +116,7 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
     ):
         nodes = [where.address for where in pool.whereabouts]
         _event(run.output, {"event": "workers", "from_block": len(history.blocks), "nodes": nodes})
-        samples = _deal_samples(plan, run.windows)
+        samples = deal_samples(plan, run.windows)
         pool.start(model.layout.stem, samples)
         if run.windows is not None:
             _carry_on(run, plan, pool, samples, history)
@@ -189,7 +189,7 @@ def _check_asked(interruption: Interruption) -> None:
         raise Interrupted("ended between two blocks")
 
 
-def _deal_samples(plan: Plan, windows: Windows | None) -> list[list[Sample]]:
+def deal_samples(plan: Plan, windows: Windows | None) -> list[list[Sample]]:
     """Give each worker a consecutive range of whole partitions."""
     if windows is None:
         return [[] for _ in range(plan.workers.count)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import DTYPES, TensorEntry, read_header
+from billhook.layerworkers.source import Source, source_sha256
 from billhook.orchestrator.paths import user_path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -54,18 +54,10 @@ class Checkpoint:
         """Bytes of all shards."""
         return sum(shard.size_bytes for shard in self.shards)
 
-    def sha256(self) -> str:
-        """Return a hash of config, tokenizer and code, and of the headers and 4 KiB at 16 places of each shard."""
-        digest = hashlib.sha256()
-        for name in self.others:
-            digest.update(name.encode() + hashlib.sha256((self.folder / name).read_bytes()).digest())
-        for shard in self.shards:
-            digest.update(shard.name.encode() + shard.header)
-            with (self.folder / shard.name).open("rb") as file:
-                for step in range(16):
-                    file.seek(len(shard.header) + (shard.size_bytes - len(shard.header)) * step // 16)
-                    digest.update(file.read(4096))
-        return digest.hexdigest()
+    def source(self) -> Source:
+        """Return how workers find this checkpoint and make sure that it is this one."""
+        shards = tuple(shard.name for shard in self.shards)
+        return Source(str(self.folder), self.others, shards, source_sha256(self.folder, self.others, shards))
 
 
 def resolve_model(model: str | Path) -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from billhook.cluster.session import remove_leftovers
+from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
-from billhook.layerworkers.files import disk_failure
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
 from billhook.orchestrator.block_loop import Run, commit_blocks, sparsity_of
@@ -145,7 +145,7 @@ def _prune(
             return PruneResult(target, sparsity_of(linears), 0.0, unused, {}, None, blocks, linears, True)
         try:
             remove_leftovers()
-            out.wait_for_orphans(target)
+            access = out.begin_access(target)
             plan = make_plan(request, resources, target)
             report("plan", 1, 1, arrangement_as_text(plan))
             decided = {
@@ -159,7 +159,7 @@ def _prune(
             elif branch is not None:
                 append(target, "branch", {"from_block": branch, **decided})
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
-            peak = _run(plan, windows, target, lock, report, interruption)
+            peak = _run(Run(plan, windows, access, target, lock, report, interruption))
             lock.check()
             _finish(plan, windows, target)
         except BaseException as error:
@@ -206,31 +206,25 @@ def _size_bytes(output: Path) -> int:
     return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
 
 
-def _run(
-    plan: Plan,
-    windows: Windows | None,
-    output: Path,
-    lock: out.Lock,
-    report: Progress,
-    interruption: Interruption,
-) -> dict[str, int]:
+def _run(run: Run) -> dict[str, int]:
     """Commit every block that is not committed yet, and the tensors outside the blocks; return peaks by tier."""
-    history, layout = read_history(output), plan.request.model.layout
-    unpruned = len(history.blocks) < len(layout.blocks)
+    model, output = run.plan.request.model, run.output
+    history = read_history(output)
+    unpruned = len(history.blocks) < len(model.layout.blocks)
     if unpruned or not history.rest_copied:
-        out.unseal(output, plan.request.model.checkpoint)
+        out.unseal(output, model.checkpoint)
     peak = {"vram": 0, "ram": 0, "disk": 0}
     if unpruned:
         try:
-            peak = commit_blocks(Run(plan, windows, output, lock, report, interruption))
+            peak = commit_blocks(run)
         except RunError as error:
-            if interruption.asked:  # a signal to the whole process group ends the workers too
+            if run.interruption.asked:  # a signal to the whole process group ends the workers too
                 raise Interrupted(str(error)) from error
             raise
     if not history.rest_copied:
-        report("copy", 0, 1, "tensors outside the blocks")
-        out.copy_tensors(layout.rest, output)
-        append(output, "rest", {"tensors": len(layout.rest)})
+        run.report("copy", 0, 1, "tensors outside the blocks")
+        out.copy_tensors(model.layout.rest, output)
+        append(output, "rest", {"tensors": len(model.layout.rest)})
     return peak
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.files import disk_failure, sync_file
+from billhook.layerworkers.files import sync_file
 
 FOLDER = "billhook"
 """Folder within the output that holds everything that is not the checkpoint."""

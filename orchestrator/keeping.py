@@ -7,8 +7,9 @@ import math
 import shutil
 from pathlib import Path
 
+from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.files import disk_failure, sync_file
+from billhook.layerworkers.files import sync_file
 from billhook.layerworkers.shards import TensorEntry, read_header
 from billhook.orchestrator.journal import FOLDER
 

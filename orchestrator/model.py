@@ -11,7 +11,7 @@ import torch
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.skeleton import Skeleton
-from billhook.layerworkers.tasks import WorkerSetup
+from billhook.layerworkers.tasks import OutputAccess, WorkerSetup
 from billhook.orchestrator.checkpoint import (
     Checkpoint,
     has_weights,
@@ -38,17 +38,19 @@ class Model:
     trust_remote_code: bool
     skeleton: Skeleton
 
-    def worker_setup(self, threads: int, activations: str = "device", scratch: str = "", lock: str = "") -> WorkerSetup:
+    def worker_setup(
+        self, threads: int, activations: str = "device", scratch: str = "", output: OutputAccess | None = None
+    ) -> WorkerSetup:
         """Return how a worker with ``threads`` CPU threads computes with this model; see :class:`WorkerSetup`."""
         return WorkerSetup(
-            str(self.checkpoint.folder),
+            self.checkpoint.source(),
             self.dtype,
             self.device,
             threads,
             self.trust_remote_code,
             activations,
             scratch,
-            lock,
+            output,
         )
 
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.files import disk_failure, read_bytes, sync_file, write_bytes
+from billhook.layerworkers.files import read_bytes, sync_file, write_bytes
 from billhook.layerworkers.shards import TensorEntry
+from billhook.layerworkers.tasks import OutputAccess
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.journal import FOLDER, journal_path
 
@@ -149,29 +152,32 @@ def is_locked(output: Path) -> bool:
         os.close(descriptor)
 
 
-def workers_lock(output: Path) -> Path:
-    """Return the file that workers hold a lock on while they may write to the output."""
-    return output / FOLDER / WORKERS_LOCK
-
-
-def wait_for_orphans(output: Path) -> None:
-    """Wait until no worker of an earlier command can write to the output any more.
+def begin_access(output: Path) -> OutputAccess:
+    """Wait until no worker of an earlier command can write to the output any more; return how those of this one do.
 
     Raises:
         RunError: when that takes too long.
     """
+    path = output / FOLDER / WORKERS_LOCK
     try:
-        descriptor = os.open(workers_lock(output), os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise disk_failure(str(workers_lock(output)), "opening", error) from error
+        raise disk_failure(str(path), "opening", error) from error
     try:
         if not _lock_within(descriptor, ORPHANS_SECONDS):
             raise RunError(
-                f"{workers_lock(output)}: workers of an earlier command still hold it after {ORPHANS_SECONDS:g} s; end "
-                "their processes and run the same command again"
+                f"{path}: workers of an earlier command still hold it after {ORPHANS_SECONDS:g} s; end their processes "
+                "and run the same command again"
             )
+        proof = secrets.token_hex(16)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, proof.encode())
+        except OSError as error:
+            raise disk_failure(str(path), "writing", error) from error
     finally:
         os.close(descriptor)
+    return OutputAccess(str(output), str(path), proof)
 
 
 def _lock_within(descriptor: int, seconds: float, kind: int = fcntl.LOCK_EX) -> bool:

@@ -66,7 +66,7 @@ class Request:
                 del recipe[key]
         return {
             "recipe": recipe,
-            "checkpoint": self.model.checkpoint.sha256(),
+            "checkpoint": self.model.checkpoint.source().sha256,
             "versions": library_versions(),
             "machine": machine_facts(self.model.device),
         }

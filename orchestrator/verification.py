@@ -88,7 +88,7 @@ def _source(against: str | Path | None, decided: Decided) -> Checkpoint | None:
         source = open_checkpoint(Path(decided.source))
     except InputError:
         return None
-    return source if source.sha256() == decided.fingerprint["checkpoint"] else None
+    return source if source.source().sha256 == decided.fingerprint["checkpoint"] else None
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:

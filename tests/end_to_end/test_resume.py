@@ -312,11 +312,11 @@ def test_two_drivers_on_one_output(llama5: Path, text_file: Path, tmp_path: Path
 
 
 def test_workers_of_a_dead_command_are_waited_for(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from billhook.layerworkers.descriptors import shared_lock
     from billhook.layerworkers.errors import RunError
-    from billhook.layerworkers.files import shared_lock
 
     output = shutil.copytree(begun, tmp_path / "out")
-    held = shared_lock(str(out.workers_lock(output)))
+    held = shared_lock(str(output / "billhook" / out.WORKERS_LOCK))
     monkeypatch.setattr(out, "ORPHANS_SECONDS", 0.2)
     with pytest.raises(RunError, match="workers of an earlier command still hold it"):
         resume(output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -14,9 +16,17 @@ import pytest
 import ray
 
 from billhook.cluster import pool
+from billhook.cluster.placement import Share, reserve
 from billhook.cluster.session import marked_processes
 from billhook.orchestrator import RunError, prune, status
+from billhook.orchestrator import output as out
+from billhook.orchestrator.block_loop import deal_samples, sparsity_of
+from billhook.orchestrator.calibration import calibration_windows
 from billhook.orchestrator.journal import read_journal
+from billhook.orchestrator.model import open_model
+from billhook.orchestrator.planning import make_plan
+from billhook.orchestrator.recipe import read_options
+from billhook.orchestrator.request import make_request
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -57,6 +67,35 @@ def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
     """What one worker makes of it: treat as read-only."""
     output = tmp_path_factory.mktemp("whole") / "out"
     return prune(llama, output, calibration=str(text_file), workers=1, **CALIBRATION).output
+
+
+def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """One pool for each number of workers, which does one recipe after the other."""
+    recipes = list(itertools.product(["wanda", "sparsegpt", "admm"], ["unstructured", "2:4"]))
+    written: dict[int, dict[str, bytes]] = {}
+    for workers in (1, 2, 3, 4):
+        written[workers] = {}
+        places = reserve(workers, workers, Share(1, 0), 60.0)
+        setup = open_model(llama, "cpu", "auto", False).worker_setup(1)
+        with pool.WorkerPool(setup, places) as running:
+            for method, pattern in recipes:
+                output = tmp_path / f"{workers}-{method}-{pattern}"
+                options: Any = {"method": method, "pattern": pattern, "calibration": str(text_file), **CALIBRATION}
+                recipe, resources = read_options(None, {**options, "workers": workers})
+                plan = make_plan(make_request(llama, recipe), resources)
+                model = plan.request.model
+                output.mkdir()
+                out.create_shards(output, model.checkpoint)
+                windows = calibration_windows(plan.request.recipe, llama, model.config)
+                running.start(model.layout.stem, deal_samples(plan, windows))
+                done = list(running.prune_blocks(plan.task(block.index, output) for block in model.layout.blocks))
+                assert sparsity_of(done[0].linears) == pytest.approx(0.5, abs=0.01)
+                for shard in output.glob("*.part"):
+                    written[workers][f"{method} {pattern} {shard.name}"] = shard.read_bytes()
+    assert len(written[1]) == len(recipes) * len(list(llama.glob("*.safetensors")))
+    assert written[1] == written[2] == written[3] == written[4]
 
 
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
@@ -121,3 +160,26 @@ def test_workers_are_used_as_soon_as_there_is_room(
     prune(model, output, workers=3, progress=once("prune", 1, leave), **options)
     assert pools(output) == [1, 3]
     assert contents(output) == contents(alone)
+
+
+def test_workers_that_do_not_see_the_output_write_it_through_the_drivers_node(
+    make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also: what was written is read again, when a worker is lost, from kept inputs on."""
+    begin = out.begin_access
+    unseen = lambda output: dataclasses.replace(begin(output), proof="of another machine")  # noqa: E731
+    model, output = make_model(num_hidden_layers=4), tmp_path / "out"
+    options: dict[str, Any] = {"calibration": str(text_file), "keep_inputs": 2, "activations": "disk", **CALIBRATION}
+    alone = prune(model, tmp_path / "alone", workers=1, **options).output
+    monkeypatch.setattr(out, "begin_access", unseen)
+    steps: list[tuple[str, int]] = []
+    hit = once("prune", 3, lambda: os.kill(worker_processes()[0], signal.SIGKILL))
+
+    def progress(phase: str, done: int, total: int, message: str) -> None:
+        steps.append((phase, done))
+        hit(phase, done, total, message)
+
+    prune(model, output, workers=2, progress=progress, **options)
+    assert contents(output) == contents(alone)
+    assert ("replay", 3) in steps
+    assert ("replay", 2) not in steps

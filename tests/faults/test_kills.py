@@ -63,7 +63,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     joined = seed != 1 and action != "kill all"
     ended = lab.prune(output, lab.fault(rng, role, point, action), joined)
     assert ended.happened
-    assert ended.code == (0 if role == "worker" and action in ("kill", "torn") else -9), ended.err  # a worker is replaced
+    assert ended.code == (0 if role == "worker" and action in ("kill", "torn") else -9), (
+        ended.err
+    )  # a worker is replaced
     if seed % 3 == 2:  # killed again, somewhere else, if it gets there
         again = rng.choice(POINTS)
         lab.resume(output, lab.fault(rng, *again), joined and again[2] != "kill all")
