@@ -168,7 +168,8 @@ class WorkerPool:
             if not all(where.sees_output for where in self.whereabouts):
                 assert setup.output is not None
                 self._scribe = Scribe.options(**on_this_node()).remote(setup.output.lock)  # type: ignore[attr-defined]
-            _check_alike(self._outcome([actor.set_up.remote(self._scribe) for actor in self._actors]), expected)
+            facts = self._outcome([actor.set_up.remote(self._scribe) for actor in self._actors])
+            _check_alike(facts, expected, [self._name(rank) for rank in range(self.size)])
         except GetTimeoutError as error:
             self.close()
             raise BlockLostError(f"workers did not start within {START_SECONDS:g} s") from error
@@ -321,12 +322,15 @@ class WorkerPool:
             raise BlockLostError(f"Ray failed: {error}") from error
 
     def _lost(self, rank: int, what: str) -> BlockLostError:
-        if rank >= len(self.whereabouts):
-            return BlockLostError(f"worker {rank} {what}")
-        where = self.whereabouts[rank]
-        log = _tail(where)
+        log = _tail(self.whereabouts[rank]) if self.whereabouts else ""
         told = f"; the end of its log:\n{log}" if log else ""
-        return BlockLostError(f"worker {rank} (process {where.pid} on {where.host}, {where.address}) {what}{told}")
+        return BlockLostError(f"{self._name(rank)} {what}{told}")
+
+    def _name(self, rank: int) -> str:
+        if not self.whereabouts:
+            return f"worker {rank}"
+        where = self.whereabouts[rank]
+        return f"worker {rank} (process {where.pid} on {where.host}, {where.address})"
 
     def _check_deadline(self) -> None:
         deadline = self._deadline()
@@ -346,17 +350,19 @@ def _slowest(reports: list[BlockReport]) -> BlockReport:
     return max(reports, key=lambda report: report.seconds)
 
 
-def _check_alike(workers: Sequence[Mapping[str, str]], expected: Mapping[str, str] | None) -> None:
-    ours = "this command" if expected is not None else "worker 0"
+def _check_alike(
+    workers: Sequence[Mapping[str, str]], expected: Mapping[str, str] | None, names: Sequence[str]
+) -> None:
+    ours = "this command" if expected is not None else names[0]
     wanted = workers[0] if expected is None else expected
-    for rank, facts in enumerate(workers):
+    for name, facts in zip(names, workers, strict=True):
         differing = [
             f"{key} {facts.get(key)!r}, not {wanted[key]!r}" for key in wanted if facts.get(key) != wanted[key]
         ]
         if differing:
             raise InputError(
-                f"worker {rank} has {'; '.join(differing)} as {ours} has: results would differ in the last bits; use "
-                "machines of one kind with the same libraries"
+                f"{name} has {'; '.join(differing)} as {ours} has: results would differ in the last bits; use machines "
+                "of one kind with the same libraries"
             )
 
 

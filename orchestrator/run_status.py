@@ -32,7 +32,7 @@ class Status:
     seconds_left: float | None
     """For the blocks that are not done, at that rate; None where it is not known."""
     last_error: str | None
-    """Of the last command that failed or was interrupted, if no block was done since."""
+    """Why a block was lost, or the last command failed or was interrupted, if no block was done since."""
     begun: float | None
     """When the run was begun, in seconds since the epoch."""
     last_sign: float | None
@@ -59,8 +59,9 @@ def status(output: str | Path) -> Status:
     lines = read_journal(folder)
     history = history_of(lines)
     blocks = next((line["blocks"] for line in reversed(lines) if line["kind"] == "start"), None)
-    error = next((line for line in reversed(lines) if line["kind"] != "rest"), {})
-    failed = error if error.get("kind") == "error" and not running and history.done is None else {}
+    last = next((line for line in reversed(lines) if line["kind"] != "rest"), {})
+    is_failure = last.get("kind") == "lost" or (last.get("kind") == "error" and not running)
+    failed = last if is_failure and history.done is None else {}
     holder = holder_of(folder)
     recent = [line["seconds"] for line in history.blocks[-RECENT_BLOCKS:]]
     rate = statistics.median(recent) if recent else None
