@@ -79,6 +79,7 @@ class WorkerActor:
 
     def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
         self._setup, self._mailbox, self._rank = setup, mailbox, rank
+        self._sees_output = _sees(setup.output)
         self._group = RayCollective(mailbox, range(size), rank)
         threading.Thread(target=_beat, args=(mailbox, rank), name="heartbeat", daemon=True).start()
 
@@ -87,8 +88,7 @@ class WorkerActor:
         node = ray.get_runtime_context().get_node_id()
         log = ray._private.worker.global_worker.get_err_file_path()
         address = ray.util.get_node_ip_address()
-        sees = _sees(self._setup.output)
-        return Whereabouts(socket.gethostname(), address, node, os.getpid(), log, sees)
+        return Whereabouts(socket.gethostname(), address, node, os.getpid(), log, self._sees_output)
 
     def set_up(self, scribe: Any) -> dict[str, str]:
         """Build the worker; return what of its machine and libraries decides bits.
@@ -96,7 +96,7 @@ class WorkerActor:
         scribe: writes the output for those that do not see it.
         """
         setup, files = self._setup, None
-        if not _sees(setup.output):
+        if not self._sees_output:
             assert setup.output is not None
             files = RemoteFiles(scribe, self._rank)
             if setup.scratch.startswith(setup.output.folder):
