@@ -150,8 +150,19 @@ def test_an_interrupt_exits_with_130(
     assert "the same command goes on" in err
 
 
-def test_the_whole_command_in_a_process_of_its_own(llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_whole_command_in_a_process_of_its_own(
+    llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ray is started, used by two workers and stopped; prune, verify, inspect and eval print one document each."""
+
+    def here(*arguments: object) -> Any:
+        code, text, err = run(*arguments, "--json", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0, err
+        return json.loads(text)
 
     def billhook(*arguments: object) -> Any:
         command = [sys.executable, "-m", "billhook.orchestrator", *map(str, arguments), "--json"]
@@ -168,8 +179,8 @@ def test_the_whole_command_in_a_process_of_its_own(llama: Path, text_file: Path,
     assert pruned["sparsity"] == 0.5
     assert pruned["seconds"] > 0
     assert pruned["peak_bytes"]["ram"] > 2**28
-    assert billhook("verify", out)["ok"] is True
-    tensors = {tensor["name"]: tensor for tensor in billhook("inspect", out)["tensors"]}
+    assert here("verify", out)["ok"] is True
+    tensors = {tensor["name"]: tensor for tensor in here("inspect", out)["tensors"]}
     assert tensors["model.layers.0.mlp.up_proj.weight"]["sparsity"] == 0.5
     evaluated = billhook("eval", out, "--text", text_file, "--seqlen", 64, "--windows", 4, "--workers", 1)
     assert evaluated["perplexity"] > 1
