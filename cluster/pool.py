@@ -207,7 +207,7 @@ class WorkerPool:
                 if not self._reaches_disk(before.index, calls):
                     raise self._failure(calls)
                 yield before
-            before = _slowest(self._outcome(calls))
+            before = _of_all(self._outcome(calls))
         if before is not None:
             calls = self._submit("finish_writing")
             if not self._reaches_disk(before.index, calls):
@@ -346,8 +346,9 @@ class WorkerPool:
             self._places.release()
 
 
-def _slowest(reports: list[BlockReport]) -> BlockReport:
-    return max(reports, key=lambda report: report.seconds)
+def _of_all(reports: list[BlockReport]) -> BlockReport:
+    slowest = max(reports, key=lambda report: report.seconds)
+    return dataclasses.replace(slowest, moved_bytes=sum(report.moved_bytes for report in reports))
 
 
 def _check_alike(

@@ -6,12 +6,13 @@ the one-process version.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from billhook.layerworkers.scratch import bands
 
@@ -54,6 +55,41 @@ class Alone:
         """Return the same group: there is no smaller one."""
         assert list(ranks) == [0]
         return self
+
+
+class Counted:
+    """A group that tells how many bytes this worker moves to others, itself and through its subgroups.
+
+    The bytes are those of the arrays in messages to other ranks; an array that is sent to several counts once for
+    each. The few numbers and names beside the arrays, and what carries the messages, are not counted.
+    """
+
+    def __init__(self, group: Collective, count: Callable[[int], None]):
+        """count: called with the bytes moved in each exchange."""
+        self._group, self._count = group, count
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank."""
+        return self._group.rank
+
+    @property
+    def size(self) -> int:
+        """How many workers act together."""
+        return self._group.size
+
+    def exchange(self, outgoing: Mapping[int, Message]) -> dict[int, Message]:
+        """Exchange as the group does, and count."""
+        self._count(sum(_array_bytes(message) for rank, message in outgoing.items() if rank != self.rank))
+        return self._group.exchange(outgoing)
+
+    def subgroup(self, ranks: Sequence[int]) -> Counted:
+        """Return the subgroup, counted together with this group."""
+        return Counted(self._group.subgroup(ranks), self._count)
+
+
+def _array_bytes(message: Message) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(message) if isinstance(leaf, np.ndarray))
 
 
 def all_gather(group: Collective, message: Message) -> list[Message]:

@@ -139,7 +139,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """How one block came out; the same on every worker."""
+    """How one block came out: a worker tells its own times and bytes, the pool those of all."""
 
     index: int
     linears: tuple[LinearReport, ...]
@@ -149,6 +149,8 @@ class BlockReport:
     """Of the slowest worker, from the call to the last result; writing may go on."""
     waited_seconds: float = 0.0
     """Part of it in which that worker waited for a disk."""
+    moved_bytes: int = 0
+    """What the workers moved to each other, all together: see :class:`billhook.layerworkers.collective.Counted`."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
-from billhook.layerworkers.collective import Collective
+from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.descriptors import shared_lock
 from billhook.layerworkers.errors import BlockLostError, InputError, RunError
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
@@ -64,7 +64,8 @@ class BlockWorker:
         files: how it reads and writes the output; None: its machine sees it.
         """
         return_large_blocks()
-        self._setup, self._group, self._synced = setup, group, synced
+        self._setup, self._group, self._synced = setup, Counted(group, self._count_moved), synced
+        self._moved_bytes = 0
         self._lock = shared_lock(setup.output.lock) if setup.output is not None and files is None else None
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
@@ -128,6 +129,7 @@ class BlockWorker:
             RunError: when a solve or the disk fails.
         """
         began, begin, waited = time.time(), time.monotonic(), self._waited_seconds()
+        self._moved_bytes = 0
         if not task.placement.read_ahead:
             self._writer.wait_written()  # there is no room for the last block beside this one
         disk = self._load(task.tensors)
@@ -169,6 +171,7 @@ class BlockWorker:
             began,
             time.monotonic() - begin,
             self._waited_seconds() - waited,
+            self._moved_bytes,
         )
 
     def _fit_in_lockstep(
@@ -305,6 +308,9 @@ class BlockWorker:
     @cached_property
     def _disk_parking(self) -> DiskParking:
         return DiskParking(self._setup.scratch)
+
+    def _count_moved(self, size_bytes: int) -> None:
+        self._moved_bytes += size_bytes
 
     def _waited_seconds(self) -> float:
         return self._reader.waited_seconds + self._writer.waited_seconds

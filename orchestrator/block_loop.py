@@ -134,6 +134,7 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
                 "began": done.began,
                 "seconds": done.seconds,
                 "waited_seconds": done.waited_seconds,
+                "moved_bytes": done.moved_bytes,
                 "ram": memory.peak_bytes,
             }
             _event(run.output, {"event": "block", "index": done.index, **timed})

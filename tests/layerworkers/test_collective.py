@@ -1,0 +1,33 @@
+"""What is counted as moved between workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from billhook.layerworkers.collective import Alone, Counted, all_gather, broadcast, broadcast_tensor_, gather_to
+
+
+def test_arrays_to_others_count_once_for_each_receiver(run_group: Any) -> None:
+    array = np.zeros(25, dtype=np.float32)
+
+    def work(group: Any) -> list[int]:
+        counts: list[int] = []
+        counted = Counted(group, counts.append)
+        all_gather(counted, {"numbers": [array, array[:5]], "name": "not counted"})
+        broadcast(counted, 1, array if counted.rank == 1 else None)
+        gather_to(counted, 2, (1, array))
+        if counted.rank != 0:
+            broadcast_tensor_(counted.subgroup([1, 2]), 0, torch.zeros(7, dtype=torch.bfloat16))
+        return counts
+
+    assert run_group(3, work) == [[240, 0, 100], [240, 200, 100, 14], [240, 0, 0, 0]]
+
+
+def test_what_goes_to_oneself_does_not_count() -> None:
+    counts: list[int] = []
+    array = np.zeros(3)
+    assert all_gather(Counted(Alone(), counts.append), array) == [array]
+    assert counts == [0]
