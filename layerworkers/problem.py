@@ -15,6 +15,9 @@ from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_
 from billhook.kernels.gram import mirror_lower_
 from billhook.layerworkers.collective import Collective, broadcast, broadcast_tensor_
 from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_
+
+_Broadcast = Callable[[Collective, int, Tensor], None]
 
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of the asked damping that are tried in turn when a Gram matrix is not positive definite in float32."""
@@ -54,7 +57,7 @@ class LinearProblem:
 
     def column_squares(self) -> Tensor:
         """Return the squared 2-norm of each input channel, [C] float32."""
-        return self._shared(("column squares",), lambda: (self._statistic(),))[0]
+        return self._shared(("column squares",), (broadcast_tensor_,), lambda: (self._statistic(),))[0]
 
     def inverse_factor(self, damping: float) -> Tensor:
         """Return U [C, C], upper triangular with ``H^-1 = U^T U``, ``H = G + damping mean(diag G) I``.
@@ -76,7 +79,8 @@ class LinearProblem:
             gram_CC.diagonal()[dead_C] = torch.inf
             return gram_CC, torch.tensor(tried, dtype=torch.float64)
 
-        factor_CC, tried = self._shared(("inverse factor", damping), compute)
+        ways = (broadcast_upper_, broadcast_tensor_)
+        factor_CC, tried = self._shared(("inverse factor", damping), ways, compute)
         self.dampings = tried.tolist()
         return factor_CC
 
@@ -103,7 +107,9 @@ class LinearProblem:
             gram_CC.diagonal().add_(tried[-1] * mean)
             return norms_C, gram_CC, inverse_CC, torch.tensor(tried, dtype=torch.float64)
 
-        norms_C, gram_CC, inverse_CC, tried = self._shared(("normalised", ridge, rho), compute)
+        # Two divisions in a row, by one norm and by another, are not symmetric to the last bit: the Gram goes whole.
+        ways = (broadcast_tensor_, broadcast_tensor_, broadcast_symmetric_, broadcast_tensor_)
+        norms_C, gram_CC, inverse_CC, tried = self._shared(("normalised", ridge, rho), ways, compute)
         self.dampings = tried.tolist()
         return Normalised(norms_C, gram_CC, inverse_CC)
 
@@ -131,14 +137,17 @@ class LinearProblem:
         statistic, self.statistic = self.statistic, None
         return statistic
 
-    def _shared(self, key: tuple[object, ...], compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def _shared(
+        self, key: tuple[object, ...], ways: Sequence[_Broadcast], compute: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return the answer of rank 0; ways: how each of its tensors is sent."""
         if key not in self._answers:
             answer = compute() if self.solvers.rank == 0 else ()
             if self.solvers.size > 1:
                 shapes = broadcast(self.solvers, 0, [(tuple(each.shape), each.dtype) for each in answer])
                 if self.solvers.rank != 0:
                     answer = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
-                for tensor in answer:
-                    broadcast_tensor_(self.solvers, 0, tensor)
+                for broadcast_, tensor in zip(ways, answer, strict=True):
+                    broadcast_(self.solvers, 0, tensor)
             self._answers[key] = answer
         return self._answers[key]

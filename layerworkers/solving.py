@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.collective import Collective, all_gather, as_bytes, broadcast_tensor_, from_bytes, gather_to
+from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_, gather_to
 from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import NM, Selector
@@ -23,6 +23,7 @@ from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.sharing import Rows, Work, share_out
 from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
+from billhook.layerworkers.triangles import Packed, lower, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _reduce(
 ) -> Tensor | None:
     """Return the statistic over all samples of all workers on ``root``, None elsewhere; the nodes are used up.
 
-    It is sent and summed a band of rows at a time, so that the root never holds another worker's whole sum.
+    It is sent and summed a band of rows at a time, so that the root never holds another worker's whole sum. Of a
+    matrix the lower triangle is sent, and only that part of the result is meant.
     """
     if group.size == 1:
         return total(nodes, partitions)
@@ -110,13 +112,14 @@ def _reduce(
     reusable = next((node.total for node in nodes if isinstance(node.total, Tensor)), None)
     reduced = torch.empty(shape, dtype=torch.float32, device=device) if reusable is None else reusable
     for start, stop in bands(shape):
-        message = [(node.level, node.index, as_bytes(_band(node, start, stop)), node.partitions) for node in nodes]
+        message = [
+            (node.level, node.index, _packed(_band(node, start, stop), start), node.partitions) for node in nodes
+        ]
         gathered = gather_to(group, root, message)
         if group.rank == root:
-            like = torch.empty((stop - start, *shape[1:]), device="meta")
             reduced[start:stop] = total(
                 [
-                    Node(level, index, from_bytes(array, like).to(device), count)
+                    Node(level, index, _unpacked(array, start, (stop - start, *shape[1:])).to(device), count)
                     for message in gathered
                     for level, index, array, count in message
                 ],
@@ -130,6 +133,14 @@ def _reduce(
 
 def _band(node: Node, start: int, stop: int) -> Tensor:
     return node.total[start:stop] if isinstance(node.total, Tensor) else node.total.rows(start, stop)
+
+
+def _packed(band: Tensor, first_row: int) -> Packed:
+    return pack(band, first_row, lower) if band.dim() == 2 else band.cpu().numpy()
+
+
+def _unpacked(packed: Packed, first_row: int, shape: tuple[int, ...]) -> Tensor:
+    return unpack(packed, shape, first_row, lower) if len(shape) == 2 else torch.from_numpy(packed.copy())
 
 
 def _solve_share(
