@@ -6,7 +6,9 @@ the one-process version.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,6 +110,22 @@ def gather_to(group: Collective, root: int, message: Message) -> list[Message]:
     """Return every rank's message, in rank order, on the root, and an empty list elsewhere."""
     received = group.exchange({root: message})
     return [received[rank] for rank in range(group.size)] if group.rank == root else []
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each receiver of a broadcast is sent."""
+
+    size_bytes: int
+    exchanges: int
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.size_bytes + other.size_bytes, self.exchanges + other.exchanges)
+
+
+def tensor_load(shape: tuple[int, ...], item_bytes: int = 4) -> Load:
+    """Return what :func:`broadcast_tensor_` sends to each receiver."""
+    return Load(item_bytes * math.prod(shape), sum(1 for _ in bands(shape, item_bytes)))
 
 
 def broadcast_tensor_(group: Collective, root: int, tensor: Tensor) -> None:

@@ -13,14 +13,34 @@ from torch import Tensor
 
 from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_upper_factor_
 from billhook.kernels.gram import mirror_lower_
-from billhook.layerworkers.collective import Collective, broadcast, broadcast_tensor_
+from billhook.layerworkers.collective import Collective, Load, broadcast, broadcast_tensor_, tensor_load
 from billhook.layerworkers.errors import RunError
-from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_
+from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, triangle_load
 
 _Broadcast = Callable[[Collective, int, Tensor], None]
 
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of the asked damping that are tried in turn when a Gram matrix is not positive definite in float32."""
+
+
+_SHAPES_AND_DAMPINGS = Load(8, 2)
+"""Beside the matrices of an answer; more where the damping had to be raised."""
+
+
+def column_squares_load(columns: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.column_squares`."""
+    return Load(0, 1) + tensor_load((columns,))
+
+
+def inverse_factor_load(columns: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.inverse_factor`."""
+    return _SHAPES_AND_DAMPINGS + triangle_load(columns)
+
+
+def normalised_load(columns: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.normalised`."""
+    square = tensor_load((columns, columns))
+    return _SHAPES_AND_DAMPINGS + tensor_load((columns,)) + square + triangle_load(columns)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,16 @@ def total(nodes: Iterable[Node], partitions: int) -> Tensor:
     return whole if isinstance(whole, Tensor) else whole.take()
 
 
+def node_count(start: int, stop: int) -> int:
+    """Return how many nodes :func:`fold` leaves of the partitions from ``start`` to ``stop``."""
+    count = 0
+    while start < stop:
+        largest = 1 << ((stop - start).bit_length() - 1)
+        start += min(largest, start & -start) if start else largest
+        count += 1
+    return count
+
+
 def even_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:
     """Split the partitions into one consecutive range (start, stop) per worker, sizes differing by at most one."""
     bounds = [partitions * worker // workers for worker in range(workers + 1)]

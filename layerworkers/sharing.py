@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from billhook.kernels.products import row_partitions
+from billhook.layerworkers.methods import Method
+from billhook.layerworkers.patterns import NM, Pattern
 from billhook.layerworkers.reduction import even_ranges
 
 FLOPS_PER_SECOND = 5e10
@@ -22,6 +25,20 @@ class Work:
     flops: float
     selections: int
     """Collective selections that are needed when the rows lie on several workers."""
+
+
+def is_local(method: Method, pattern: Pattern) -> bool:
+    """Whether a row is selected without a look at the others: then any rows can be solved by themselves."""
+    return isinstance(pattern, NM) or method.within_rows
+
+
+def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: int) -> Work:
+    """Return what solving a linear of this shape is.
+
+    options: the method's own.
+    """
+    selections = 0 if is_local(method, pattern) else method.selections(columns, options)
+    return Work(rows, method.flops(rows, columns, options), selections)
 
 
 Rows = tuple[int, int]

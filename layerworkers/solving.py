@@ -16,11 +16,11 @@ from billhook.kernels.products import row_partitions
 from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_, gather_to
 from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
-from billhook.layerworkers.patterns import NM, Selector
+from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, total
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.sharing import Rows, Work, share_out
+from billhook.layerworkers.sharing import Rows, is_local, share_out, work_of
 from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 from billhook.layerworkers.triangles import Packed, lower, pack, unpack
@@ -58,7 +58,9 @@ def solve_group(
     method = METHODS[linears[0].method]
     columns = weights[linears[0].disk_name].shape[1]
     ranges = share_out(
-        [_work(linear, weights[linear.disk_name]) for linear in linears], group.size, task.partition_rows
+        [work_of(method, each.pattern, each.options, *weights[each.disk_name].shape) for each in linears],
+        group.size,
+        task.partition_rows,
     )
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
@@ -76,19 +78,6 @@ def solve_group(
     for number, linear in enumerate(linears):
         share, shares[number] = shares[number], None
         yield _gather_(linear, weights[linear.disk_name], ranges[number], share, group)
-
-
-def _work(linear: LinearTask, weight: Tensor) -> Work:
-    method, (rows, columns) = METHODS[linear.method], weight.shape
-    local = _is_local(linear)
-    return Work(
-        rows, method.flops(rows, columns, linear.options), 0 if local else method.selections(columns, linear.options)
-    )
-
-
-def _is_local(linear: LinearTask) -> bool:
-    """Whether a row is selected without a look at the others: then any rows can be solved by themselves."""
-    return isinstance(linear.pattern, NM) or METHODS[linear.method].within_rows
 
 
 def _reduce(
@@ -156,7 +145,7 @@ def _solve_share(
     sparse = torch.empty_like(dense)
     removed, loss, energy = 0, list[float](), list[float]()
     # Rows that are selected by themselves need not be in float32 all at once.
-    local = _is_local(linear)
+    local = is_local(method, linear.pattern)
     pieces = row_partitions(len(dense), problem.partition_rows) if local else [(0, len(dense))]
     select = Selector(linear.pattern, method.within_rows, group.subgroup([group.rank] if local else owners))
     for first, last in pieces:

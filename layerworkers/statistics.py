@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.gram import add_column_squares_, add_gram_
+from billhook.layerworkers.collective import Load, tensor_load
 from billhook.layerworkers.reduction import Node, fold
 from billhook.layerworkers.scratch import Parking
+from billhook.layerworkers.triangles import triangle_load
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Statistic:
     def shape(self, columns: int) -> tuple[int, ...]:
         """Return the shape for an input of ``columns`` channels."""
         return (columns,) * self.dimensions
+
+    def load(self, columns: int) -> Load:
+        """Return what a worker sends of one total: of a matrix the lower triangle."""
+        return triangle_load(columns) if self.dimensions == 2 else tensor_load((columns,))
 
     def size_bytes(self, columns: int) -> int:
         """Return the bytes of one total."""

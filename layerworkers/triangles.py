@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.gram import mirror_lower_
-from billhook.layerworkers.collective import Collective, broadcast
+from billhook.layerworkers.collective import Collective, Load, broadcast
 from billhook.layerworkers.scratch import bands
 
 Triangle = Callable[[int], slice]
@@ -47,6 +47,11 @@ def unpack(packed: Packed, shape: tuple[int, ...], first_row: int, triangle: Tri
         own[:] = packed[taken : taken + own.size]
         taken += own.size
     return torch.from_numpy(band_RC)
+
+
+def triangle_load(size: int) -> Load:
+    """Return what each receiver is sent of a triangle with ``size`` rows."""
+    return Load(2 * size * (size + 1), sum(1 for _ in bands((size, size))))
 
 
 def broadcast_upper_(group: Collective, root: int, a_CC: Tensor) -> None:

@@ -14,11 +14,11 @@ import torch
 
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.methods import Method
-from billhook.layerworkers.patterns import NM, Pattern
+from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
-from billhook.layerworkers.sharing import Work, share_out
+from billhook.layerworkers.sharing import is_local, share_out, work_of
 from billhook.layerworkers.skeleton import Footprint
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
@@ -96,15 +96,20 @@ class BlockWork:
     @property
     def groups(self) -> dict[int, list[Linear]]:
         """The linears to prune by their input."""
-        groups: dict[int, list[Linear]] = {}
-        for linear in self.linears:
-            groups.setdefault(linear.group, []).append(linear)
-        return groups
+        return groups_of(self.linears)
 
     def waiting(self, group: int) -> int:
         """Return what one sample holds before ``group``."""
         first = next(linear.name for linear in self.linears if linear.group == group)
         return self.footprint.waiting_bytes[first]
+
+
+def groups_of(linears: Sequence[Linear]) -> dict[int, list[Linear]]:
+    """Return the linears of a block by their input."""
+    groups: dict[int, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.group, []).append(linear)
+    return groups
 
 
 def processes_bytes(workers: int, own: int) -> int:
@@ -217,15 +222,8 @@ def _solving(
     """Return what each worker needs to solve the linears of one group, beside block and activations."""
     recipe, method = job.recipe, job.method
     columns = linears[0].shape[1]
-    local = isinstance(job.pattern, NM) or method.within_rows
-    work = [
-        Work(
-            linear.shape[0],
-            method.flops(*linear.shape, job.options),
-            0 if local else method.selections(columns, job.options),
-        )
-        for linear in linears
-    ]
+    local = is_local(method, job.pattern)
+    work = [work_of(method, job.pattern, job.options, *linear.shape) for linear in linears]
     partition_rows = recipe.partition_rows or 256
     ranges = share_out(work, workers, partition_rows)
     statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0

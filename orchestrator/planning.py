@@ -11,12 +11,13 @@ from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import BlockTask, LinearTask
+from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, group_traffic
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.keeping import keep_every
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.model import Model, check_gpus, resolve_workers
-from billhook.orchestrator.phases import BlockWork, Job
+from billhook.orchestrator.phases import BlockWork, Job, groups_of
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
 from billhook.orchestrator.probe import CPU_CORE, GPU, Rates, measured_rates
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
@@ -31,6 +32,8 @@ class Estimate:
     flops: float
     bytes_read: int
     bytes_written: int
+    moved_bytes: int
+    """From worker to worker, all together; each block's are measured by the run."""
     bytes_spilled: int
     """Most that lies in scratch files at once."""
     seconds: float
@@ -180,6 +183,18 @@ def _job(request: Request) -> Job:
     return Job(request.recipe, request.method, options, request.pattern, request.samples)
 
 
+def block_traffic(request: Request, index: int, workers: int) -> Traffic:
+    """Return what the workers move to each other in block ``index``."""
+    job, traffic = _job(request), NOTHING
+    for linears in groups_of(request.linears[index]).values():
+        matrices = [Matrix(*linear.shape, linear.item_bytes) for linear in linears]
+        partition_rows = request.recipe.partition_rows or 0
+        traffic += group_traffic(
+            matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers
+        )
+    return traffic
+
+
 def _tiers(resources: Resources) -> dict[str, str]:
     return {name: getattr(resources, name) for name in ("activations", "intermediates", "statistics")}
 
@@ -297,6 +312,7 @@ def estimate(plan: Plan) -> Estimate:
         work.forward + work.solving,
         read,
         written + kept,
+        sum(block_traffic(request, block.index, workers).moved_bytes for block in blocks),
         peak.disk,
         max(work.seconds(plan.rates, workers), moving) + plan.arrangement.extra_seconds,
         {"vram": peak.device if on_gpu else 0, "ram": peak.ram, "disk": written + plan.kept_bytes + peak.disk},

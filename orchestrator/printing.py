@@ -95,6 +95,7 @@ def plan_as_text(plan: Plan) -> str:
         f"runs       {plan.workers.count} {recipe.device} worker(s) of {recipe.threads} thread(s), "
         f"{recipe.dtype}, on {where}",
         f"reads      {gibibytes(taken.bytes_read)}, writes {gibibytes(taken.bytes_written)}",
+        *([f"moves      {gibibytes(taken.moved_bytes)} from worker to worker"] if plan.workers.count > 1 else []),
         f"computes   {taken.flops:.3g} FLOP, about {_duration(taken.seconds)}",
         f"budgets    {_budgets(plan)}",
         *([f"           DOES NOT FIT: {plan.misfit}"] if plan.misfit else []),

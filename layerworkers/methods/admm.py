@@ -14,7 +14,7 @@ from billhook.kernels.products import matmul_by_rows
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
 from billhook.layerworkers.patterns import Selector
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.problem import LinearProblem, normalised_load
 from billhook.layerworkers.statistics import GRAM
 
 
@@ -87,5 +87,6 @@ ADMM = Method(
     selections=lambda columns, options: options.reselections,
     flops=lambda rows, columns, options: 2.0 * rows * columns**2 * (options.iterations + 2),
     factor_flops=lambda columns: columns**3,
+    shared=normalised_load,
     extra_bytes=lambda rows, columns: 4 * columns**2 + 40 * rows * columns,
 )

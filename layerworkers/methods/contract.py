@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
+from billhook.layerworkers.collective import Load
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.statistics import Statistic
@@ -50,6 +51,8 @@ class Method:
     """``flops(rows, columns, options)`` of one solve, without the factorisation."""
     factor_flops: Callable[[int], float]
     """``factor_flops(columns)`` of what the linears with one input share."""
+    shared: Callable[[int], Load]
+    """``shared(columns)``: what of that each further worker that solves them is sent."""
     extra_bytes: Callable[[int, int], int]
     """``extra_bytes(rows, columns)`` held during a solve beside the float32 weight and the statistic."""
 

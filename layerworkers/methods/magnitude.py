@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from billhook.layerworkers.collective import Load
 from billhook.layerworkers.methods.contract import Method, Solution, mask_by_score
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
@@ -39,5 +40,6 @@ MAGNITUDE = Method(
     selections=lambda columns, options: 1,
     flops=lambda rows, columns, options: 8.0 * rows * columns,
     factor_flops=lambda columns: 0.0,
+    shared=lambda columns: Load(0, 0),
     extra_bytes=lambda rows, columns: 22 * rows * columns,
 )

@@ -15,7 +15,7 @@ from billhook.kernels.sweep import sweep_groups, sweep_masked
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
 from billhook.layerworkers.patterns import NM, Pattern, Selector
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.problem import LinearProblem, inverse_factor_load
 from billhook.layerworkers.statistics import GRAM
 
 
@@ -102,5 +102,6 @@ SPARSEGPT = Method(
     selections=lambda columns, options: -(-columns // options.block),
     flops=lambda rows, columns, options: 2.0 * rows * columns**2,
     factor_flops=lambda columns: 2.0 / 3.0 * columns**3,
+    shared=inverse_factor_load,
     extra_bytes=lambda rows, columns: 4 * rows * columns,
 )

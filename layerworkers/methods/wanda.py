@@ -11,7 +11,7 @@ from torch import Tensor
 
 from billhook.layerworkers.methods.contract import Method, Solution, mask_by_score
 from billhook.layerworkers.patterns import Selector
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.problem import LinearProblem, column_squares_load
 from billhook.layerworkers.statistics import COLUMN_SQUARES
 
 
@@ -40,5 +40,6 @@ WANDA = Method(
     selections=lambda columns, options: 0,
     flops=lambda rows, columns, options: 10.0 * rows * columns,
     factor_flops=lambda columns: 0.0,
+    shared=column_squares_load,
     extra_bytes=lambda rows, columns: 22 * rows * columns,
 )

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import BlockWorker
-from billhook.orchestrator import InputError, PruneResult, evaluate, inspect, prune, verify
+from billhook.orchestrator import InputError, PruneResult, evaluate, inspect, plan, prune, verify
 from billhook.orchestrator.journal import read_journal
 from billhook.orchestrator.model import open_model
+from billhook.orchestrator.planning import block_traffic, estimate
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -35,6 +36,20 @@ def contents(output: Path) -> dict[str, bytes]:
 def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> PruneResult:
     """What one worker makes of it with the default method: treat as read-only."""
     return prune(llama, tmp_path_factory.mktemp("whole") / "out", calibration=str(text_file), workers=1, **CALIBRATION)
+
+
+@pytest.mark.parametrize(("method", "pattern"), [("sparsegpt", "2:4"), ("admm", "unstructured")])
+def test_the_bytes_that_each_block_moves_are_those_planned(
+    llama: Path, text_file: Path, tmp_path: Path, method: str, pattern: str
+) -> None:
+    options: dict[str, Any] = {"method": method, "pattern": pattern, "calibration": str(text_file), "workers": 3}
+    made = plan(llama, **options, **CALIBRATION)
+    output = prune(llama, tmp_path / "out", **options, **CALIBRATION).output
+    events = [json.loads(line) for line in (output / "billhook" / "events.jsonl").read_text().splitlines()]
+    measured = [event["moved_bytes"] for event in events if event["event"] == "block"]
+    planned = [block_traffic(made.request, index, 3).moved_bytes for index in range(3)]
+    assert measured == pytest.approx(planned, rel=0.05)
+    assert sum(planned) == estimate(made).moved_bytes > 0
 
 
 TIERS: list[dict[str, Any]] = [

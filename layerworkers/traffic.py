@@ -1,0 +1,97 @@
+"""What workers move to each other to solve the linears of one input group, from shapes alone: the arithmetic of
+:mod:`billhook.layerworkers.solving`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.kernels.select import KEY_BINS
+from billhook.layerworkers.collective import Load, tensor_load
+from billhook.layerworkers.methods import Method
+from billhook.layerworkers.patterns import Pattern
+from billhook.layerworkers.reduction import even_ranges, node_count
+from billhook.layerworkers.sharing import Rows, share_out, work_of
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Messages between workers."""
+
+    moved_bytes: int
+    """All together, as :class:`billhook.layerworkers.collective.Counted` counts them."""
+    busiest_bytes: int
+    """Of them, through the busiest worker's connection in each step: nothing else goes on in the meantime."""
+    exchanges: int
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.moved_bytes + other.moved_bytes,
+            self.busiest_bytes + other.busiest_bytes,
+            self.exchanges + other.exchanges,
+        )
+
+
+NOTHING = Traffic(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear's weight on disk."""
+
+    rows: int
+    columns: int
+    item_bytes: int
+
+
+def group_traffic(
+    matrices: Sequence[Matrix],
+    method: Method,
+    pattern: Pattern,
+    options: Any,
+    partitions: int,
+    partition_rows: int,
+    workers: int,
+) -> Traffic:
+    """Return what :func:`billhook.layerworkers.solving.solve_group` moves between ``workers`` workers.
+
+    matrices: those of the linears, which share one input. options: the method's own.
+    """
+    if workers == 1:
+        return NOTHING
+    columns = matrices[0].columns
+    works = [work_of(method, pattern, options, matrix.rows, columns) for matrix in matrices]
+    ranges = share_out(works, workers, partition_rows)
+    solvers = [rank for rank in range(workers) if any(own[rank][0] < own[rank][1] for own in ranges)]
+    traffic = _from_one(method.shared(columns), len(solvers) - 1)
+    if method.statistic is not None:
+        nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
+        traffic += _from_one(method.statistic.load(columns), sum(nodes) - nodes[solvers[0]])
+    for matrix, work, own in zip(matrices, works, ranges, strict=True):
+        traffic += _selections(work.selections, sum(start < stop for start, stop in own))
+        traffic += _rows(matrix, own, workers, pattern.sparsity > 0)
+    return traffic
+
+
+def _from_one(load: Load, copies: int) -> Traffic:
+    """Return the traffic of so many copies of a load, all sent by one worker, or all to one."""
+    return Traffic(copies * load.size_bytes, copies * load.size_bytes, load.exchanges if copies else 0)
+
+
+def _selections(selections: int, owners: int) -> Traffic:
+    """Return the traffic of finding thresholds over all rows: each owner sends two histograms to each other."""
+    if owners == 1:
+        return NOTHING
+    sent = 2 * selections * (owners - 1) * 4 * KEY_BINS
+    return Traffic(owners * sent, sent, 2 * selections)
+
+
+def _rows(matrix: Matrix, ranges: Sequence[Rows], workers: int, changed: bool) -> Traffic:
+    """Return the traffic of making all rows known to all workers: one owner after the other sends its own."""
+    traffic = Traffic(0, 0, 1)
+    for start, stop in ranges:
+        if start < stop and changed:
+            load = tensor_load((stop - start, matrix.columns), matrix.item_bytes)
+            traffic += _from_one(load, workers - 1)
+    return traffic

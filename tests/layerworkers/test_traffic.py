@@ -1,0 +1,83 @@
+"""What is predicted to move between workers is what moves."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+from billhook.layerworkers.collective import Counted
+from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.patterns import NM, Pattern, Unstructured
+from billhook.layerworkers.reduction import Node, even_ranges, fold, node_count
+from billhook.layerworkers.solving import solve_group
+from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.tasks import BlockTask, LinearTask
+from billhook.layerworkers.traffic import Matrix, group_traffic
+
+PARTITIONS, COLUMNS = 7, 300
+ROWS = {"q": 96, "k": 40, "v": 33}
+
+
+def moved(run_group: Any, workers: int, method: str, pattern: Pattern) -> list[list[int]]:
+    """Solve a group of linears; return what each worker moved, exchange by exchange."""
+    table = METHODS[method]
+    torch.manual_seed(0)
+    weights = {name: torch.randn(rows, COLUMNS).bfloat16() for name, rows in ROWS.items()}
+    inputs = torch.randn(PARTITIONS, 400, COLUMNS)
+    linears = tuple(LinearTask(name, name, pattern, method, table.options()) for name in weights)
+    task = BlockTask(0, (), (), linears, "lockstep", "", 1, PARTITIONS if table.statistic else 0, 16)
+
+    def work(group: Any) -> list[int]:
+        counts: list[int] = []
+        nodes: list[Node] = []
+        if table.statistic is not None:
+            accumulator = Accumulator(table.statistic, COLUMNS, 1, torch.device("cpu"))
+            for number in range(*even_ranges(PARTITIONS, workers)[group.rank]):
+                accumulator.add(number, inputs[number])
+            nodes = accumulator.nodes()
+        own = {name: weight.clone() for name, weight in weights.items()}
+        list(solve_group(linears, own, nodes, task, Counted(group, counts.append), torch.device("cpu")))
+        return counts
+
+    result: list[list[int]] = run_group(workers, work)
+    return result
+
+
+@pytest.mark.parametrize("ways", ["split", "dealt"])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("method", list(METHODS))
+def test_predicted_and_measured_bytes_agree(
+    run_group: Any, method: str, pattern: Pattern, workers: int, ways: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.layerworkers.sharing.SECONDS_PER_EXCHANGE", 0.0 if ways == "split" else 1e9)
+    monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 10_000)
+    table = METHODS[method]
+    matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
+    partitions = PARTITIONS if table.statistic else 0
+    predicted = group_traffic(matrices, table, pattern, table.options(), partitions, 16, workers)
+    counts = moved(run_group, workers, method, pattern)
+    measured = sum(map(sum, counts))
+    assert predicted.moved_bytes == pytest.approx(measured, rel=0.01)
+    if workers > 1:
+        assert predicted.exchanges == max(map(len, counts))
+        assert measured / workers <= predicted.busiest_bytes <= measured
+    else:
+        assert measured == 0
+
+
+def test_nothing_moves_twice_for_rows_that_are_left_alone(run_group: Any) -> None:
+    matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
+    table, pattern = METHODS["wanda"], Unstructured(Fraction(0))
+    predicted = group_traffic(matrices, table, pattern, table.options(), PARTITIONS, 16, 3)
+    assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern)))
+
+
+def test_the_nodes_of_a_range_are_those_that_folding_leaves() -> None:
+    for start in range(9):
+        for stop in range(start, 20):
+            nodes = fold(Node(0, index, torch.zeros(1)) for index in range(start, stop))
+            assert node_count(start, stop) == len(nodes)
