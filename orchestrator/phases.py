@@ -15,7 +15,7 @@ import torch
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
-from billhook.layerworkers.reduction import even_ranges
+from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
 from billhook.layerworkers.sharing import is_local, share_out, work_of
@@ -132,7 +132,6 @@ def block_phases(
     recipe = job.recipe
     statistic = job.method.statistic
     ranges = even_ranges(job.partitions, workers)
-    own_partitions = [stop - start for start, stop in ranges]
     own_samples = [
         max(0, min(stop * recipe.partition_samples, job.samples) - start * recipe.partition_samples)
         for start, stop in ranges
@@ -154,10 +153,11 @@ def block_phases(
 
     def sums(rank: int, columns: int) -> Need:
         """Partial sums while samples arrive: the one that grows, and those that wait for their siblings."""
-        if statistic is None or not own_partitions[rank]:
+        if statistic is None or not own_samples[rank]:
             return Need(0, 0, 0)
         size = statistic.size_bytes(columns)
-        waiting = max(number.bit_count() for number in range(own_partitions[rank]))
+        start, stop = ranges[rank]
+        waiting = max(node_count(start, end) for end in range(start, stop))
         return Need(size, 0, 0) + at_tier(placement.statistics, waiting * size)
 
     yield "read", [weights + ahead + Need(0, BAND_BYTES, 0)] * workers
@@ -190,7 +190,7 @@ def block_phases(
                     for rank in range(workers)
                 ],
             )
-        solving = _solving(job, linears, workers, own_partitions, placement)
+        solving = _solving(job, linears, ranges, placement)
         later = Need(0, 0, 0)
         if recipe.fit == "dense-block" and statistic is not None:
             sizes = [statistic.size_bytes(columns_of[each]) for each in groups if each > group]
@@ -217,10 +217,13 @@ def _dense_sums(placement: Placement, sums: Sequence[Need]) -> Need:
 
 
 def _solving(
-    job: Job, linears: Sequence[Linear], workers: int, own_partitions: Sequence[int], placement: Placement
+    job: Job, linears: Sequence[Linear], partitions: Sequence[tuple[int, int]], placement: Placement
 ) -> list[Need]:
-    """Return what each worker needs to solve the linears of one group, beside block and activations."""
-    recipe, method = job.recipe, job.method
+    """Return what each worker needs to solve the linears of one group, beside block and activations.
+
+    partitions: each worker's range of them.
+    """
+    recipe, method, workers = job.recipe, job.method, len(partitions)
     columns = linears[0].shape[1]
     local = is_local(method, job.pattern)
     work = [work_of(method, job.pattern, job.options, *linear.shape) for linear in linears]
@@ -233,7 +236,7 @@ def _solving(
         at_once = max(rows)
         if local and at_once:
             at_once = max(stop - start for start, stop in row_partitions(at_once, partition_rows))
-        partials = own_partitions[rank].bit_count() if placement.statistics == "device" else 0
+        partials = node_count(*partitions[rank]) if placement.statistics == "device" else 0
         held = max(partials * statistic, statistic if max(rows) else 0)
         if recipe.device != "cpu" and max(rows):
             held += 3 * statistic  # torch factorises into copies
