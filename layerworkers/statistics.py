@@ -36,6 +36,10 @@ class Statistic:
         """Return what a worker sends of one total: of a matrix the lower triangle."""
         return triangle_load(columns) if self.dimensions == 2 else tensor_load((columns,))
 
+    def flops(self, tokens: int, columns: int, on_gpu: bool) -> float:
+        """Return what summing over so many tokens computes: of a matrix half on a CPU, by symmetry."""
+        return float(tokens * columns**self.dimensions) * (2 if on_gpu or self.dimensions == 1 else 1)
+
     def size_bytes(self, columns: int) -> int:
         """Return the bytes of one total."""
         return int(4 * columns**self.dimensions)

@@ -164,12 +164,26 @@ def _name_and_value(text: str) -> tuple[str, str]:
 @app.command("plan")
 @ending_with_code
 @with_run_options
-def plan_command(model: ModelArgument, recipe: RecipeFile = None, json_output: Json = False, *, given: Any) -> None:
+def plan_command(
+    model: ModelArgument,
+    recipe: RecipeFile = None,
+    assume_device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Plan for workers with an a100, h100, b200 or cpu-core each, not for here."),
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="RATE", help="What goes into or out of a worker on a node of its own, as 12GB/s."),
+    ] = None,
+    json_output: Json = False,
+    *,
+    given: Any,
+) -> None:
     """Say what prune would do: matches, memory, bytes, time. Touches no weights."""
     from billhook.orchestrator.planning import plan
     from billhook.orchestrator.printing import plan_as_json, plan_as_text
 
-    made = plan(model, recipe=recipe, **given)
+    made = plan(model, recipe=recipe, assume_device=assume_device, bandwidth=bandwidth, **given)
     print(json.dumps(plan_as_json(made), indent=1) if json_output else plan_as_text(made))
 
 

@@ -55,16 +55,22 @@ class Model:
 
 
 def open_model(
-    model: str | Path, device: str, dtype: str, trust_remote_code: bool, weights_needed: bool = True
+    model: str | Path,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    weights_needed: bool = True,
+    device_needed: bool = True,
 ) -> Model:
     """Open a folder or hub id; ``device`` and ``dtype`` may be ``auto``.
 
     weights_needed: if not, a folder with a config and no weights will do; the shapes are then what the config implies.
+    device_needed: if not, a device that this machine lacks will do.
 
     Raises:
         InputError: for anything wrong with the model.
     """
-    device = _resolve_device(device)
+    device = _resolve_device(device) if device_needed else device
     folder = resolve_model(model)
     if not any(folder.iterdir()):
         raise InputError(f"{folder}: the folder is empty; expected a Hugging Face model folder")

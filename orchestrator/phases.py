@@ -96,20 +96,15 @@ class BlockWork:
     @property
     def groups(self) -> dict[int, list[Linear]]:
         """The linears to prune by their input."""
-        return groups_of(self.linears)
+        groups: dict[int, list[Linear]] = {}
+        for linear in self.linears:
+            groups.setdefault(linear.group, []).append(linear)
+        return groups
 
     def waiting(self, group: int) -> int:
         """Return what one sample holds before ``group``."""
         first = next(linear.name for linear in self.linears if linear.group == group)
         return self.footprint.waiting_bytes[first]
-
-
-def groups_of(linears: Sequence[Linear]) -> dict[int, list[Linear]]:
-    """Return the linears of a block by their input."""
-    groups: dict[int, list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault(linear.group, []).append(linear)
-    return groups
 
 
 def processes_bytes(workers: int, own: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -11,18 +12,30 @@ from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import BlockTask, LinearTask
-from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, group_traffic
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.checkpoint import Checkpoint
+from billhook.orchestrator.devices import (
+    BANDWIDTH_BYTES,
+    DEVICES,
+    NOTHING_SUPPOSED,
+    Device,
+    Supposition,
+    on_device,
+    supposition,
+)
 from billhook.orchestrator.keeping import keep_every
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.model import Model, check_gpus, resolve_workers
-from billhook.orchestrator.phases import BlockWork, Job, groups_of
+from billhook.orchestrator.phases import BlockWork, Job
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
-from billhook.orchestrator.probe import CPU_CORE, GPU, Rates, measured_rates
+from billhook.orchestrator.probe import Rates, measured_rates
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, make_request
+from billhook.orchestrator.timing import BlockTime, Connection, block_time, passes
 from billhook.orchestrator.workers import Workers
+
+PLENTY_BYTES = 1 << 60
+"""A budget that limits nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Estimate:
     bytes_spilled: int
     """Most that lies in scratch files at once."""
     seconds: float
-    """From a short measurement of products, disk and copies on this machine."""
+    """From the rates of the device, which are measured in a moment where it is at hand."""
     peak_bytes: dict[str, int]
     """vram of a worker, ram of this node, disk of output and scratch."""
     fits: bool
@@ -52,11 +65,15 @@ class Plan:
     resources: Resources
     workers: Workers
     budgets: Budgets
+    supposed: Supposition
     rates: Rates
     own_bytes: int
     """Memory of a process that has imported the libraries."""
     arrangement: Arrangement
     """Where everything is kept."""
+    connection: Connection
+    times: tuple[BlockTime, ...]
+    """By block; without what it takes longer where memory is short."""
     keep_every: int
     """After how many blocks the inputs of the next are kept in the output; 0: never."""
     hidden_bytes: int
@@ -104,11 +121,13 @@ class Plan:
         return 2 * self.request.samples * self.hidden_bytes if self.keep_every else 0
 
 
-def make_plan(request: Request, resources: Resources, output: Path | None = None) -> Plan:
+def make_plan(
+    request: Request, resources: Resources, output: Path | None = None, supposed: Supposition = NOTHING_SUPPOSED
+) -> Plan:
     """Decide how a request is met.
 
     output: where the checkpoint will be written; its disk limits the run where no other limit is given. None: nothing
-    will be.
+    will be. supposed: of a plan for other machines.
 
     Raises:
         InputError: where no way of working fits the budgets, or the machine lacks what was asked for.
@@ -119,13 +138,19 @@ def make_plan(request: Request, resources: Resources, output: Path | None = None
     here = resolve_workers("auto", opened.device, recipe.threads, useful)
     most = here if resources.workers == "auto" else resources.workers
     wanted = useful if resources.workers == "auto" and resources.address is not None else most
-    check_gpus(most, opened.device, resources.address)
     own = own_bytes(os.getpid())  # before CUDA and the probe leave their traces, which a worker starts without
-    budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, opened.device, output, resources.scratch)
-    rates = measured_rates(opened)
+    per_node = None if resources.address is None else here
+    if supposed.device is not None:
+        device = DEVICES[supposed.device]
+        budgets, rates, per_node = _budgets_of(device, resources), device.rates, 1
+    else:
+        check_gpus(most, opened.device, resources.address)
+        budgets = resolve_budgets(
+            resources.vram, resources.ram, resources.disk, opened.device, output, resources.scratch
+        )
+        rates = measured_rates(opened)
     work = block_work(opened, request.linears, recipe.seqlen or 0)
     counts = range(most, 0, -1) if resources.workers == "auto" else [most]
-    per_node = None if resources.address is None else here
     size = output_bytes(opened.checkpoint)
     misfit, within = None, budgets
     while True:
@@ -138,17 +163,22 @@ def make_plan(request: Request, resources: Resources, output: Path | None = None
             misfit, within = misfit or str(error), error.smallest
     hidden = work[0].footprint.hidden_bytes
     alone = resources.address is None
+    connection = _connection(supposed, rates)
+    times = _times(job, work, arrangement.workers, rates, connection)
     return Plan(
         request,
         resources,
         Workers(arrangement.workers, recipe.threads, resources.address, arrangement.workers if alone else wanted),
         budgets,
+        supposed,
         rates,
         own,
         arrangement,
-        _cadence(request, resources, rates, arrangement, hidden, within.disk),
+        connection,
+        times,
+        _cadence(request, resources, rates, arrangement, times, hidden, within.disk),
         hidden,
-        _elsewhere(job, work, size, own) if output is None else {},
+        _elsewhere(job, work, size, own) if output is None and supposed.device is None else {},
         misfit,
     )
 
@@ -162,11 +192,11 @@ def with_workers(plan: Plan, workers: int) -> Plan:
     if workers == plan.arrangement.workers:
         return plan
     request, resources = plan.request, plan.resources
-    opened = request.model
+    opened, work = request.model, block_work(request.model, request.linears, request.recipe.seqlen or 0)
     useful = _job(request).partitions if request.samples else 1
     arrangement = arrange(
         _job(request),
-        block_work(opened, request.linears, request.recipe.seqlen or 0),
+        work,
         plan.budgets,
         plan.rates,
         [workers],
@@ -175,24 +205,39 @@ def with_workers(plan: Plan, workers: int) -> Plan:
         output_bytes(opened.checkpoint),
         per_node=resolve_workers("auto", opened.device, request.recipe.threads, useful),
     )
-    return replace(plan, arrangement=arrangement, workers=replace(plan.workers, count=workers))
+    return replace(
+        plan,
+        arrangement=arrangement,
+        workers=replace(plan.workers, count=workers),
+        times=_times(_job(request), work, workers, plan.rates, plan.connection),
+    )
+
+
+def _times(
+    job: Job, work: Sequence[BlockWork], workers: int, rates: Rates, connection: Connection
+) -> tuple[BlockTime, ...]:
+    return tuple(block_time(job, facts, workers, rates, connection) for facts in work)
+
+
+def _budgets_of(device: Device, resources: Resources) -> Budgets:
+    """Return the budgets on a device that is supposed, with as much RAM and disk as it takes."""
+    vram = None if device.memory_bytes is None else int(VRAM_SHARE * device.memory_bytes)
+    return Budgets(
+        vram if resources.vram is None else resources.vram,
+        PLENTY_BYTES if resources.ram is None else resources.ram,
+        resources.disk,
+    )
+
+
+def _connection(supposed: Supposition, rates: Rates) -> Connection:
+    if supposed == NOTHING_SUPPOSED:
+        return Connection(rates.copy_bytes, apart=False)
+    return Connection(supposed.bandwidth_bytes or BANDWIDTH_BYTES, apart=True)
 
 
 def _job(request: Request) -> Job:
     options = request.method.options(**request.options)
     return Job(request.recipe, request.method, options, request.pattern, request.samples)
-
-
-def block_traffic(request: Request, index: int, workers: int) -> Traffic:
-    """Return what the workers move to each other in block ``index``."""
-    job, traffic = _job(request), NOTHING
-    for linears in groups_of(request.linears[index]).values():
-        matrices = [Matrix(*linear.shape, linear.item_bytes) for linear in linears]
-        partition_rows = request.recipe.partition_rows or 0
-        traffic += group_traffic(
-            matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers
-        )
-    return traffic
 
 
 def _tiers(resources: Resources) -> dict[str, str]:
@@ -204,6 +249,7 @@ def _cadence(
     resources: Resources,
     rates: Rates,
     arrangement: Arrangement,
+    times: Sequence[BlockTime],
     hidden_bytes: int,
     disk: int | None,
 ) -> int:
@@ -215,9 +261,8 @@ def _cadence(
         return 0
     if resources.keep_inputs != "auto":
         return resources.keep_inputs
-    work, workers = work_of(request), arrangement.workers
-    seconds = work.seconds(rates, workers) + arrangement.extra_seconds
-    forward = work.forward / (1 + (request.recipe.fit == "dense-block")) / rates.flops / workers
+    seconds = sum(time.seconds for time in times) + arrangement.extra_seconds
+    forward = sum(time.forward for time in times) / passes(request.recipe)
     return keep_every(blocks, seconds / blocks, size / rates.disk_bytes, forward / blocks)
 
 
@@ -231,16 +276,15 @@ def _elsewhere(job: Job, work: list[BlockWork], size: int, own: int) -> dict[str
         }
     )
     tiers = dict.fromkeys(("activations", "intermediates", "statistics"), "auto")
-    plenty = 1 << 60
     found: dict[str, Arrangement | None] = {}
     for name, gpu_bytes in (("80 GB GPU", 80_000_000_000), ("24 GB GPU", 24_000_000_000), ("CPU", None)):
         one = job if gpu_bytes is None else replace(job, recipe=on_gpu)
         if gpu_bytes is None:
             one = replace(job, recipe=job.recipe.model_copy(update={"device": "cpu", "partition_rows": 256}))
         vram = None if gpu_bytes is None else int(VRAM_SHARE * gpu_bytes)
-        rates = CPU_CORE if gpu_bytes is None else GPU
+        rates = DEVICES["cpu-core" if gpu_bytes is None else "a100"].rates
         try:
-            found[name] = arrange(one, work, Budgets(vram, plenty, None), rates, [1], own, tiers, size)
+            found[name] = arrange(one, work, Budgets(vram, PLENTY_BYTES, None), rates, [1], own, tiers, size)
         except InputError:
             found[name] = None
     return found
@@ -262,69 +306,48 @@ def output_bytes(checkpoint: Checkpoint) -> int:
     return checkpoint.size_bytes + sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a run computes, in FLOP."""
-
-    forward: float
-    """In the compute dtype."""
-    solving: float
-    """In float32."""
-
-    def seconds(self, rates: Rates, workers: int) -> float:
-        """Return how long that takes ``workers`` workers."""
-        return (self.forward / rates.flops + self.solving / rates.float32_flops) / workers
-
-
-def work_of(request: Request) -> Work:
-    """Return what meeting a request computes."""
-    recipe, method = request.recipe, request.method
-    own = method.options(**request.options)
-    tokens = request.samples * (recipe.seqlen or 0)
-    forward, solving = 0.0, 0.0
-    for block, linears in zip(request.model.layout.blocks, request.linears, strict=True):
-        forward += (1 + (recipe.fit == "dense-block")) * sum(
-            2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in block.linears
-        )
-        for linear in linears:
-            solving += method.flops(*linear.shape, own)
-        for columns in {linear.group: linear.shape[1] for linear in linears}.values():
-            solving += method.factor_flops(columns)
-            if method.statistic is not None:
-                solving += tokens * columns**method.statistic.dimensions
-    return Work(forward, solving)
-
-
 def estimate(plan: Plan) -> Estimate:
     """Predict what a run takes from the shapes of its tensors, and its time from the rates of this machine."""
     request, workers = plan.request, plan.workers.count
     checkpoint, blocks = request.model.checkpoint, request.model.layout.blocks
-    work = work_of(request)
     written = output_bytes(checkpoint)
     kept = request.samples * plan.hidden_bytes * sum(plan.keeps_inputs_of(block.index) for block in blocks)
     read = checkpoint.size_bytes + (workers - 1) * sum(
         tensor.entry.size_bytes for block in blocks for tensor in block.tensors
     )
-    moving = (read + written + kept) / plan.rates.disk_bytes
+    rest = 2 * sum(entry.size_bytes for entry in request.model.layout.rest) / plan.rates.disk_bytes
     peak = plan.arrangement.peak
     on_gpu = request.recipe.device != "cpu"
     return Estimate(
-        work.forward + work.solving,
+        sum(time.flops for time in plan.times),
         read,
         written + kept,
-        sum(block_traffic(request, block.index, workers).moved_bytes for block in blocks),
+        sum(time.moved_bytes for time in plan.times),
         peak.disk,
-        max(work.seconds(plan.rates, workers), moving) + plan.arrangement.extra_seconds,
+        sum(time.seconds for time in plan.times) + rest + plan.arrangement.extra_seconds,
         {"vram": peak.device if on_gpu else 0, "ram": peak.ram, "disk": written + plan.kept_bytes + peak.disk},
         plan.misfit is None,
     )
 
 
-def plan(model: str | Path, *, recipe: str | Path | None = None, **options: Unpack[RunOptions]) -> Plan:
+def plan(
+    model: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    assume_device: str | None = None,
+    bandwidth: float | str | None = None,
+    **options: Unpack[RunOptions],
+) -> Plan:
     """Return what ``prune`` would do with the same arguments: matches, memory, bytes, time. Touches no weights.
+
+    assume_device: plan for workers with one of these devices each (``h100``, ...), each on a node of its own, instead
+    of this machine. bandwidth: what goes into or out of a worker, each on a node of its own, in bytes per second, or
+    as ``12GB/s``.
 
     Raises:
         InputError: for anything wrong with the model or the request.
     """
     asked, resources = read_options(recipe, options)
-    return make_plan(make_request(model, asked, weights_needed=False), resources)
+    supposed = supposition(assume_device, bandwidth)
+    request = make_request(model, on_device(asked, supposed), weights_needed=False, device_needed=assume_device is None)
+    return make_plan(request, resources, supposed=supposed)

@@ -10,7 +10,8 @@ from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.placing import Arrangement
-from billhook.orchestrator.planning import Plan, estimate
+from billhook.orchestrator.planning import PLENTY_BYTES, Plan, estimate
+from billhook.orchestrator.timing import BlockTime
 
 
 def gibibytes(size_bytes: float) -> str:
@@ -41,6 +42,13 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "skipped": [*(linear.disk_name for linear in request.skipped), *request.other_matrices],
         "unknown": list(request.unknown),
         **dataclasses.asdict(estimate(plan)),
+        "supposed": dataclasses.asdict(plan.supposed),
+        "connection": dataclasses.asdict(plan.connection),
+        "block_kinds": [
+            {"blocks": len(indices), "first": indices[0], "seconds": time.seconds, "limit": time.limit}
+            | dataclasses.asdict(time)
+            for time, indices in _kinds_of_blocks(plan).items()
+        ],
         "misfit": plan.misfit,
         "keep_every": plan.keep_every,
         "budgets": dataclasses.asdict(plan.budgets),
@@ -59,6 +67,14 @@ def _arrangement_as_json(arrangement: Arrangement) -> dict[str, Any]:
         "phases": {name: dataclasses.asdict(need) for name, need in arrangement.phases.items()},
         "peak": dataclasses.asdict(arrangement.peak),
     }
+
+
+def _kinds_of_blocks(plan: Plan) -> dict[BlockTime, list[int]]:
+    """Return the blocks that take the same, by what they take."""
+    kinds: dict[BlockTime, list[int]] = {}
+    for index, time in enumerate(plan.times):
+        kinds.setdefault(time, []).append(index)
+    return kinds
 
 
 def plan_as_text(plan: Plan) -> str:
@@ -91,12 +107,15 @@ def plan_as_text(plan: Plan) -> str:
             f"calibrates {recipe.samples} samples of {recipe.seqlen} tokens from {recipe.calibration or '(not given)'}"
         )
     where = f"the Ray cluster at {plan.workers.address}" if plan.workers.address else "this machine"
+    if plan.supposed.device:
+        where = f"nodes with one {plan.supposed.device} each, as data sheets have it"
     lines += [
         f"runs       {plan.workers.count} {recipe.device} worker(s) of {recipe.threads} thread(s), "
         f"{recipe.dtype}, on {where}",
         f"reads      {gibibytes(taken.bytes_read)}, writes {gibibytes(taken.bytes_written)}",
-        *([f"moves      {gibibytes(taken.moved_bytes)} from worker to worker"] if plan.workers.count > 1 else []),
+        *([f"moves      {_moved(plan, taken.moved_bytes)}"] if plan.workers.count > 1 else []),
         f"computes   {taken.flops:.3g} FLOP, about {_duration(taken.seconds)}",
+        *(f"           {len(indices)} block(s): {_spent(time)}" for time, indices in _kinds_of_blocks(plan).items()),
         f"budgets    {_budgets(plan)}",
         *([f"           DOES NOT FIT: {plan.misfit}"] if plan.misfit else []),
         f"peaks      RAM {gibibytes(taken.peak_bytes['ram'])}, "
@@ -122,9 +141,19 @@ def arrangement_as_text(plan: Plan) -> str:
     )
 
 
+def _moved(plan: Plan, moved_bytes: int) -> str:
+    rate = plan.connection.bandwidth_bytes / 1e9
+    return f"{gibibytes(moved_bytes)} from worker to worker, at {rate:.3g} GB/s into or out of each"
+
+
+def _spent(time: BlockTime) -> str:
+    parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in time.parts.items() if seconds)
+    return f"{time.seconds:.3g} s each: {parts}; meanwhile files {time.files:.3g}; {time.limit} limit"
+
+
 def _budgets(plan: Plan) -> str:
     budgets, on_gpu = plan.budgets, plan.request.recipe.device == "cuda"
-    parts = [f"RAM {gibibytes(budgets.ram)}"]
+    parts = ["RAM as needed" if budgets.ram == PLENTY_BYTES else f"RAM {gibibytes(budgets.ram)}"]
     if budgets.vram is not None:
         parts.append(f"{'GPU' if on_gpu else 'device part of RAM'} {gibibytes(budgets.vram)}")
     if budgets.disk is not None:

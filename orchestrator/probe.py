@@ -17,6 +17,10 @@ DISK_BYTES_PER_SECOND = 5e8
 """Assumed where there is no shard to read."""
 
 
+LAUNCH_SECONDS = 5e-6
+"""Of one kernel on a GPU, called from Python."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """Per second."""
@@ -28,12 +32,8 @@ class Rates:
     """Read; from the page cache where the checkpoint was just written."""
     copy_bytes: float
     """Between host and device; on a CPU within memory."""
-
-
-GPU = Rates(flops=3e14, float32_flops=2e13, disk_bytes=2e9, copy_bytes=2e10)
-"""Of a data-centre GPU and its host, in round figures: where a plan is made for a machine that is not at hand."""
-
-CPU_CORE = Rates(flops=1e11, float32_flops=1e11, disk_bytes=1e9, copy_bytes=1e10)
+    launch_seconds: float = 0.0
+    """What one kernel takes however little it does."""
 
 
 def measured_rates(model: Model) -> Rates:
@@ -46,6 +46,7 @@ def measured_rates(model: Model) -> Rates:
             _flops(torch.float32, model.device),
             _disk_bytes(model),
             _copy_bytes(model.device),
+            LAUNCH_SECONDS if model.device == "cuda" else 0.0,
         )
     finally:
         torch.set_num_threads(threads)

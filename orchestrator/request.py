@@ -72,17 +72,18 @@ class Request:
         }
 
 
-def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True) -> Request:
+def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True, device_needed: bool = True) -> Request:
     """Fill in a recipe for a model: no weight is read.
 
-    weights_needed: if not, a folder that holds a config only will do.
+    weights_needed: if not, a folder that holds a config only will do. device_needed: if not, a device that this machine
+    lacks will do.
 
     Raises:
         InputError: for anything wrong with the model or the recipe.
     """
     options = method_options(recipe.method, recipe.options)
     pattern = parse_pattern(recipe.pattern, recipe.sparsity)
-    opened = open_model(model, recipe.device, recipe.dtype, recipe.trust_remote_code, weights_needed)
+    opened = open_model(model, recipe.device, recipe.dtype, recipe.trust_remote_code, weights_needed, device_needed)
     seqlen = recipe.seqlen or default_seqlen(opened.config)
     check_context(seqlen, opened.config)
     recipe = recipe.model_copy(

@@ -86,6 +86,7 @@ ADMM = Method(
     solve=solve,
     selections=lambda columns, options: options.reselections,
     flops=lambda rows, columns, options: 2.0 * rows * columns**2 * (options.iterations + 2),
+    launches=lambda columns, options: 20 * options.iterations,
     factor_flops=lambda columns: columns**3,
     shared=normalised_load,
     extra_bytes=lambda rows, columns: 4 * columns**2 + 40 * rows * columns,

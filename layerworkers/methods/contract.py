@@ -49,6 +49,8 @@ class Method:
     """``selections(columns, options)``: collective selections in one unstructured solve."""
     flops: Callable[[int, int, Any], float]
     """``flops(rows, columns, options)`` of one solve, without the factorisation."""
+    launches: Callable[[int, Any], int]
+    """``launches(columns, options)``: about how many kernels a solve launches on a GPU, one after the other."""
     factor_flops: Callable[[int], float]
     """``factor_flops(columns)`` of what the linears with one input share."""
     shared: Callable[[int], Load]

@@ -39,6 +39,7 @@ MAGNITUDE = Method(
     solve=solve,
     selections=lambda columns, options: 1,
     flops=lambda rows, columns, options: 8.0 * rows * columns,
+    launches=lambda columns, options: 20,
     factor_flops=lambda columns: 0.0,
     shared=lambda columns: Load(0, 0),
     extra_bytes=lambda rows, columns: 22 * rows * columns,

@@ -101,6 +101,7 @@ SPARSEGPT = Method(
     solve=solve,
     selections=lambda columns, options: -(-columns // options.block),
     flops=lambda rows, columns, options: 2.0 * rows * columns**2,
+    launches=lambda columns, options: 10 * columns,
     factor_flops=lambda columns: 2.0 / 3.0 * columns**3,
     shared=inverse_factor_load,
     extra_bytes=lambda rows, columns: 4 * rows * columns,

@@ -39,6 +39,7 @@ WANDA = Method(
     solve=solve,
     selections=lambda columns, options: 0,
     flops=lambda rows, columns, options: 10.0 * rows * columns,
+    launches=lambda columns, options: 20,
     factor_flops=lambda columns: 0.0,
     shared=column_squares_load,
     extra_bytes=lambda rows, columns: 22 * rows * columns,

@@ -18,7 +18,7 @@ from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, PruneResult, evaluate, inspect, plan, prune, verify
 from billhook.orchestrator.journal import read_journal
 from billhook.orchestrator.model import open_model
-from billhook.orchestrator.planning import block_traffic, estimate
+from billhook.orchestrator.planning import estimate
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -47,7 +47,7 @@ def test_the_bytes_that_each_block_moves_are_those_planned(
     output = prune(llama, tmp_path / "out", **options, **CALIBRATION).output
     events = [json.loads(line) for line in (output / "billhook" / "events.jsonl").read_text().splitlines()]
     measured = [event["moved_bytes"] for event in events if event["event"] == "block"]
-    planned = [block_traffic(made.request, index, 3).moved_bytes for index in range(3)]
+    planned = [time.moved_bytes for time in made.times]
     assert measured == pytest.approx(planned, rel=0.05)
     assert sum(planned) == estimate(made).moved_bytes > 0
 

@@ -1,0 +1,123 @@
+"""How long a block takes, from shapes and rates, and what it takes longest for.
+
+A block's time is that of its slowest worker: what it computes, and what goes through the busiest connection while all
+wait. Files are read and written meanwhile. Not counted are products of activations with each other, and what is done
+entry by entry: they are part of what the rates promise too much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from billhook.layerworkers.reduction import even_ranges
+from billhook.layerworkers.sharing import SECONDS_PER_EXCHANGE, share_out, work_of
+from billhook.layerworkers.traffic import NOTHING, Matrix, group_traffic
+from billhook.orchestrator.phases import BlockWork, Job
+from billhook.orchestrator.probe import Rates
+from billhook.orchestrator.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What lies between the workers."""
+
+    bandwidth_bytes: float
+    """Per second, into or out of one worker."""
+    apart: bool
+    """Whether each is on a node of its own, with a disk of its own to read from; else they share one."""
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Seconds of one block, of the worker that has most to do."""
+
+    forward: float
+    statistics: float
+    factors: float
+    """Factorisations: on one worker, while the others wait."""
+    solving: float
+    moving: float
+    """What workers send each other."""
+    files: float
+    """Reading the block and writing it, while all the rest goes on."""
+    flops: float
+    """Of all workers together."""
+    moved_bytes: int
+    """Of all workers together."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What the time is spent on."""
+        return {name: getattr(self, name) for name in ("forward", "statistics", "factors", "solving", "moving")}
+
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        return max(sum(self.parts.values()), self.files)
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        parts = self.parts
+        return "files" if self.files >= sum(parts.values()) else max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class _Flops:
+    """What is computed for one block, by all workers together."""
+
+    forward: float
+    """In the compute dtype; the others in float32."""
+    statistics: float
+    factors: float
+    solving: float
+
+
+def _flops(job: Job, facts: BlockWork) -> _Flops:
+    recipe, method = job.recipe, job.method
+    tokens, on_gpu = job.samples * (recipe.seqlen or 0), recipe.device != "cpu"
+    columns = [linears[0].shape[1] for linears in facts.groups.values()]
+    return _Flops(
+        passes(recipe) * sum(2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in facts.block.linears),
+        sum(method.statistic.flops(tokens, each, on_gpu) for each in columns) if method.statistic is not None else 0.0,
+        sum(method.factor_flops(each) for each in columns),
+        sum(method.flops(*linear.shape, job.options) for linear in facts.linears),
+    )
+
+
+def passes(recipe: Recipe) -> int:
+    """Return how often a sample is run through a block."""
+    return 2 if recipe.fit == "dense-block" else 1
+
+
+def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connection: Connection) -> BlockTime:
+    """Return how long one block takes ``workers`` workers, where there is memory for everything."""
+    size, flops = job.recipe.partition_samples, _flops(job, facts)
+    own = [min(stop * size, job.samples) - start * size for start, stop in even_ranges(job.partitions, workers)]
+    share = max(own) / job.samples if job.samples else 0.0
+    traffic, solving = NOTHING, 0.0
+    partition_rows = job.recipe.partition_rows or 0
+    for linears in facts.groups.values():
+        works = [work_of(job.method, job.pattern, job.options, *linear.shape) for linear in linears]
+        seconds = [0.0] * workers
+        for linear, work, ranges in zip(linears, works, share_out(works, workers, partition_rows), strict=True):
+            launching = job.method.launches(linear.shape[1], job.options) * rates.launch_seconds
+            for rank, (start, stop) in enumerate(ranges):
+                if start < stop:
+                    seconds[rank] += work.flops * (stop - start) / work.rows / rates.float32_flops + launching
+        solving += max(seconds)
+        matrices = [Matrix(*linear.shape, linear.item_bytes) for linear in linears]
+        traffic += group_traffic(
+            matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers
+        )
+    on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
+    return BlockTime(
+        share * flops.forward / rates.flops,
+        share * flops.statistics / rates.float32_flops,
+        flops.factors / rates.float32_flops,
+        solving,
+        traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * SECONDS_PER_EXCHANGE,
+        ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,
+        flops.forward + flops.statistics + flops.factors + flops.solving,
+        traffic.moved_bytes,
+    )
