@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,6 +139,20 @@ def broadcast_tensor_(group: Collective, root: int, tensor: Tensor) -> None:
         received = broadcast(group, root, message)
         if group.rank != root:
             band.copy_(from_bytes(received, band))
+
+
+def gather_rows_(group: Collective, ranges: Sequence[tuple[int, int]], tensor: Tensor) -> None:
+    """Overwrite the rows that other ranks have, by ``ranges``, with theirs, in place: a band of each at a time."""
+    if group.size == 1:
+        return
+    shares = [tensor[start:stop] for start, stop in ranges]
+    for together in zip_longest(*(bands(share.shape, share.element_size()) for share in shares)):
+        parts = [None if band is None else share[slice(*band)] for share, band in zip(shares, together, strict=True)]
+        own = parts[group.rank]
+        received = all_gather(group, None if own is None else as_bytes(own))
+        for rank, part in enumerate(parts):
+            if part is not None and rank != group.rank:
+                part.copy_(from_bytes(received[rank], part))
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_, gather_to
+from billhook.layerworkers.collective import Collective, all_gather, gather_rows_, gather_to
 from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import Selector
@@ -183,11 +183,9 @@ def _gather_(
     own = [each for each in gathered if each is not None]
     removed = sum(each[0] for each in own)
     if removed:  # else it stays as it is to the last bit, rather than equal up to the rounding of a solve
-        for rank, (start, stop) in enumerate(ranges):
-            if start < stop:
-                if share is not None and rank == group.rank:
-                    weight[start:stop] = share.sparse
-                broadcast_tensor_(group, rank, weight[start:stop])
+        if share is not None:
+            weight[slice(*ranges[group.rank])] = share.sparse
+        gather_rows_(group, ranges, weight)
     # fsum is exact, so the order of the partitions does not matter.
     loss = math.fsum(value for each in own for value in each[1])
     energy = math.fsum(value for each in own for value in each[2])

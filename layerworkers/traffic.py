@@ -88,10 +88,11 @@ def _selections(selections: int, owners: int) -> Traffic:
 
 
 def _rows(matrix: Matrix, ranges: Sequence[Rows], workers: int, changed: bool) -> Traffic:
-    """Return the traffic of making all rows known to all workers: one owner after the other sends its own."""
-    traffic = Traffic(0, 0, 1)
-    for start, stop in ranges:
-        if start < stop and changed:
-            load = tensor_load((stop - start, matrix.columns), matrix.item_bytes)
-            traffic += _from_one(load, workers - 1)
-    return traffic
+    """Return the traffic of making all rows known to all workers, all owners at once."""
+    facts = Traffic(0, 0, 1)
+    if not changed:
+        return facts
+    loads = [tensor_load((stop - start, matrix.columns), matrix.item_bytes) for start, stop in ranges]
+    sent = [(workers - 1) * load.size_bytes for load in loads]
+    received = [sum(load.size_bytes for load in loads) - load.size_bytes for load in loads]
+    return facts + Traffic(sum(sent), max(*sent, *received), max(load.exchanges for load in loads))

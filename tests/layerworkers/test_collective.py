@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from billhook.layerworkers.collective import Alone, Counted, all_gather, broadcast, broadcast_tensor_, gather_to
+from billhook.layerworkers.collective import (
+    Alone,
+    Counted,
+    all_gather,
+    broadcast,
+    broadcast_tensor_,
+    gather_rows_,
+    gather_to,
+)
 
 
 def test_arrays_to_others_count_once_for_each_receiver(run_group: Any) -> None:
@@ -31,3 +41,23 @@ def test_what_goes_to_oneself_does_not_count() -> None:
     array = np.zeros(3)
     assert all_gather(Counted(Alone(), counts.append), array) == [array]
     assert counts == [0]
+
+
+@pytest.mark.parametrize("band_bytes", [20, 16 << 20])
+@pytest.mark.parametrize("bounds", [(0, 2, 9, 9, 11), (0, 0, 0, 11, 11)])
+def test_all_ranks_get_the_rows_of_all_others(
+    run_group: Any, band_bytes: int, bounds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", band_bytes)
+    ranges = list(pairwise(bounds))
+    whole = torch.randn(11, 3).bfloat16()
+
+    def work(group: Any) -> torch.Tensor:
+        start, stop = ranges[group.rank]
+        own = torch.zeros_like(whole)
+        own[start:stop] = whole[start:stop]
+        gather_rows_(group, ranges, own)
+        return own
+
+    for received in run_group(4, work):
+        assert torch.equal(received, whole)
