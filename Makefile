@@ -1,10 +1,10 @@
-# make demo | make test | make test-faults | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make test-faults | make test-nodes | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-faults lint format clean
+.PHONY: setup demo test test-faults test-nodes lint format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ test: setup
 # Some hundred kills and disk errors, each in a run of its own: about an hour.
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults --all-faults
+
+# Nodes with networks, disks and processes of their own, some of which lose their power: needs root.
+test-nodes: setup
+	$(BIN)/python -m pytest tests/nodes -rs
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
 """Makes one call fail, in whichever process of a run reaches it; put this folder on PYTHONPATH.
 
 The file that ``BILLHOOK_FAULT_FILE`` names holds JSON: ``folder`` (for marks), ``role`` (``driver`` or ``worker``),
-``point``, ``count`` (which call), ``action``. A fault happens once per folder. Without ``action`` calls are counted
-only: each appends a byte to ``folder/role.point``.
+``point``, ``count`` (which call), ``action``. A fault happens once per folder, in which ``happened`` then holds the
+name of the machine. Without ``action`` calls are counted only: each appends a byte to ``folder/role.point``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,10 +29,12 @@ OS_POINTS = ("preadv", "pwrite", "fsync", "rename", "unlink")
 
 MODULE_POINTS = {
     "billhook.layerworkers.statistics": ("Accumulator.add",),
-    "billhook.layerworkers.solving": ("solve_group",),
+    "billhook.layerworkers.solving": ("solve_group", "_reduce", "_solve_share", "_gather_"),
+    "billhook.layerworkers.transfer": ("BlockWriter.write",),
+    "billhook.orchestrator.journal": ("append",),
     "billhook.orchestrator.output": ("sha256_of",),
 }
-"""Functions of ours: in the middle of the forward pass, of solving, of finishing."""
+"""Functions of ours: in the middle of the forward pass, of solving, of writing, of committing, of finishing."""
 
 _lock = threading.Lock()
 _calls: dict[str, int] = {}
@@ -60,14 +64,23 @@ def due(point: str, role: str) -> str | None:
         if _calls[point] != fault()["count"]:
             return None
     try:
-        os.close(os.open(Path(fault()["folder"], "happened"), os.O_CREAT | os.O_EXCL))
+        happened = os.open(Path(fault()["folder"], "happened"), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return None
+    os.write(happened, socket.gethostname().encode())
+    os.close(happened)
     return str(fault()["action"])
 
 
-def kill(action: str) -> None:
-    """Kill this process, the driver, or all processes of the run, without a chance to clean up."""
+def strike(action: str) -> None:
+    """Kill this process, the driver, or all processes of the run, without a chance to clean up; or hold this one."""
+    if action == "freeze":
+        _kill(os.getpid(), signal.SIGSTOP)
+        return
+    if action == "wait":
+        while not Path(fault()["folder"], "go").exists():
+            time.sleep(0.05)
+        return
     if action == "kill driver":
         _kill(int(Path(fault()["folder"], "driver").read_text()), signal.SIGKILL)
         return
@@ -94,13 +107,13 @@ def wrapped(real: Callable[..., Any], point: str, role: str) -> Callable[..., An
             return real(*args, **kwargs)
         if action == "torn":  # a write of which half arrived
             real(args[0], bytes(args[1])[: max(1, len(args[1]) // 2)], *args[2:])
-            kill("kill")
+            strike("kill")
         if action == "short":
             return real(args[0], bytes(args[1])[: max(1, len(args[1]) // 2)], *args[2:])
         if action in errno.errorcode.values():
             number = getattr(errno, action)
             raise OSError(number, os.strerror(number))
-        kill(action)
+        strike(action)
         return real(*args, **kwargs)
 
     return call
