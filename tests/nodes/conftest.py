@@ -148,34 +148,39 @@ class Lab:
     def _at_the_bridge(self, *command: str) -> None:
         subprocess.run(["nsenter", f"--target={self.bridge.pid}", "--net", *command], check=True)
 
-    def begin(self, output: Path, *options: str, driver: str = "head", address: str | None = None) -> Any:
+    def begin(self, output: Path, workers: str, driver: str = "head", address: str | None = None) -> Any:
         """Begin ``billhook prune`` on the node ``driver``, joined to the cluster if nothing else is said."""
         command = [sys.executable, "-m", "billhook.orchestrator", "prune", f"{self.disk}/model", "-o", str(output)]
-        command += ["--calibration", str(self.text), *OPTIONS, "--scratch", f"{self.disk}/scratch", *options]
-        command += ["--address", address or f"{ADDRESSES['head']}:6379"]
+        command += ["--calibration", str(self.text), *OPTIONS, "--scratch", f"{self.disk}/scratch", "--json"]
+        command += ["--workers", workers, "--address", address or f"{ADDRESSES['head']}:6379"]
         return subprocess.Popen(self.nodes[driver].command(*command), **self._quiet())
 
-    def prune(self, output: Path, *options: str, driver: str = "head", address: str | None = None) -> Ended:
+    def prune(self, output: Path, workers: str, driver: str = "head", address: str | None = None) -> Ended:
         """Run ``billhook prune`` to its end; see :meth:`begin`."""
-        return ended(self.begin(output, *options, driver=driver, address=address))
+        return ended(self.begin(output, workers, driver, address))
 
-    def disturbed(self, output: Path, fault: tuple[str, str, int, str], then: Callable[[str], None]) -> Ended:
-        """Prune with two workers; when the fault happens, do ``then`` to the node that it happened on.
+    def prune_disturbed(
+        self, output: Path, workers: str, fault: tuple[str, str, int, str], then: Callable[[str], None]
+    ) -> str:
+        """Prune; when the fault happens, do ``then`` to the node that it happened on, and return that node's name.
 
-        fault: role, point, count and action; see the injection. What waits goes on afterwards.
+        fault: role, point, count and action; see the injection. What waits goes on after ``then``.
         """
         marks = Path(tempfile.mkdtemp(dir=self.shared, prefix="marks-"))
-        role, point, count, action = fault
-        armed = {"role": role, "point": point, "count": count, "action": action, "folder": str(marks), "within": []}
+        armed = dict(zip(("role", "point", "count", "action"), fault, strict=True))
         file = Path(self.environment["BILLHOOK_FAULT_FILE"])
-        file.write_text(json.dumps(armed))
-        process = self.begin(output, "--workers=2")
+        file.write_text(json.dumps({"folder": str(marks), "within": [], **armed}))
+        process = self.begin(output, workers)
         try:
-            then(wait_until(lambda: happened(process, marks)))
+            name = str(wait_until(lambda: happened(process, marks)))
+            then(name)
         finally:
             (marks / "go").touch()
             file.unlink()
-        return ended(process)
+        done = ended(process)
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["output"] == str(output), "what Ray has to say is not part of the answer"
+        return name
 
     def contents(self, output: Path, driver: str = "head") -> dict[str, bytes]:
         """Return everything of the output that must not depend on how the run went."""
@@ -183,10 +188,12 @@ class Lab:
         files = {path.name: path.read_bytes() for path in seen.iterdir() if path.is_file()}
         return {**files, "manifest": (seen / "billhook" / "manifest.json").read_bytes()}
 
-    def lines(self, output: Path, name: str) -> list[dict[str, Any]]:
-        """Return the lines of the output's journal or events."""
-        text = (self.seen(output, "head") / "billhook" / f"{name}.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
+    def pools(self, output: Path, driver: str = "head") -> list[set[str]]:
+        """Return the names of the nodes that each pool of the run had workers on."""
+        names = {address: name for name, address in ADDRESSES.items()}
+        events = (self.seen(output, driver) / "billhook" / "events.jsonl").read_text().splitlines()
+        pools = [event["nodes"] for event in map(json.loads, events) if event["event"] == "workers"]
+        return [{names[address] for address in nodes} for nodes in pools]
 
     def seen(self, path: Path, node: str) -> Path:
         """Return where a path on a node lies outside."""
@@ -262,15 +269,15 @@ def cluster(make_model: Callable[..., Path], text_file: Path) -> Iterator[Lab]:
 def expected(cluster: Lab) -> dict[str, bytes]:
     """What one worker makes, on one node, in a Ray session of its own."""
     output = cluster.disk / "expected"
-    alone = cluster.prune(output, "--workers=1", address="local")
+    alone = cluster.prune(output, "1", address="local")
     assert alone.code == 0, alone.err
     return cluster.contents(output)
 
 
 @pytest.fixture
 def lab(cluster: Lab) -> Iterator[Lab]:
-    """The lab with its head and two nodes; nothing may be left of a test's runs."""
-    cluster.start("head", "one", "two")
+    """The lab with all its nodes; nothing may be left of a test's runs."""
+    cluster.start(*ADDRESSES)
     yield cluster
     for node in cluster.nodes.values():
         wait_until(lambda node=node: not node.processes("ray::WorkerActor") and not node.processes("ray::Mailbox"))

@@ -19,24 +19,36 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_node_loses_its_power(lab: Lab, expected: dict[str, bytes], phase: str) -> None:
+def test_a_node_that_loses_its_power_is_replaced(lab: Lab, expected: dict[str, bytes], phase: str) -> None:
     point, count = PHASES[phase]
     output = lab.disk / f"lost-in-{phase}"
-    done = lab.disturbed(output, ("worker", point, count, "freeze"), lab.power_off)
-    assert done.code == 0, done.err
+    lost = lab.prune_disturbed(output, "2", ("worker", point, count, "freeze"), lab.power_off)
     assert lab.contents(output) == expected
+    pools = lab.pools(output)
+    assert [len(nodes) for nodes in pools] == [2, 2]
+    assert lost in pools[0]
+    assert lost not in pools[1]
 
 
-def test_a_worker_freezes(lab: Lab, expected: dict[str, bytes]) -> None:
+def test_the_run_goes_on_with_the_node_that_is_left(lab: Lab, expected: dict[str, bytes]) -> None:
+    lab.power_off("three")
+    output = lab.disk / "one-left"
+    lab.prune_disturbed(output, "2", ("worker", "_reduce", 6, "freeze"), lab.power_off)
+    assert lab.contents(output) == expected
+    assert [len(nodes) for nodes in lab.pools(output)] == [2, 1]
+
+
+def test_a_worker_that_freezes_is_replaced(lab: Lab, expected: dict[str, bytes]) -> None:
     output = lab.disk / "frozen"
-    done = lab.disturbed(output, ("worker", "_solve_share", 10, "freeze"), lambda node: None)
-    assert done.code == 0, done.err
+    lab.prune_disturbed(output, "2", ("worker", "_solve_share", 10, "freeze"), lambda node: None)
     assert lab.contents(output) == expected
+    assert [len(nodes) for nodes in lab.pools(output)] == [2, 2]
 
 
 def test_a_node_that_joins_is_used(lab: Lab, expected: dict[str, bytes]) -> None:
     lab.power_off("two")
+    lab.power_off("three")
     output = lab.disk / "joined"
-    done = lab.disturbed(output, ("driver", "append", 3, "wait"), lambda node: lab.start("two"))
-    assert done.code == 0, done.err
+    lab.prune_disturbed(output, "auto", ("driver", "append", 3, "wait"), lambda node: lab.start("two"))
     assert lab.contents(output) == expected
+    assert lab.pools(output) == [{"one"}, {"one", "two"}]

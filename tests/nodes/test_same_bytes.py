@@ -11,13 +11,12 @@ Lab = Any
 
 @pytest.mark.parametrize(
     ("workers", "driver", "place"),
-    [(2, "head", "shared"), (2, "head", "disk"), (3, "one", "disk")],
+    [("2", "head", "shared"), ("2", "head", "disk"), ("3", "one", "disk")],
     ids=["all see the output", "only the driver sees the output", "and a worker beside the driver"],
 )
-def test_nodes_make_the_same_bytes(lab: Lab, expected: dict[str, bytes], workers: int, driver: str, place: str) -> None:
-    if workers == 3:
-        lab.start("three")
+def test_nodes_make_the_same_bytes(lab: Lab, expected: dict[str, bytes], workers: str, driver: str, place: str) -> None:
     output = getattr(lab, place) / f"{driver}-{workers}"
-    done = lab.prune(output, f"--workers={workers}", driver=driver)
+    done = lab.prune(output, workers, driver)
     assert done.code == 0, done.err
     assert lab.contents(output, driver) == expected
+    assert [len(nodes) for nodes in lab.pools(output, driver)] == [int(workers)]

@@ -27,7 +27,7 @@ def copy(lab: Lab) -> Iterator[Path]:
 
 def test_a_node_without_the_source_is_named(lab: Lab, copy: Path) -> None:
     output = lab.disk / "refused"
-    done = lab.prune(output, "--workers=2")
+    done = lab.prune(output, "3")
     assert done.code == 2, done.err
     last = done.err.splitlines()[-1]
     assert "two" in last
@@ -40,7 +40,7 @@ def test_a_node_with_another_source_is_named(lab: Lab, copy: Path) -> None:
     for path in copy.with_name("aside").iterdir():
         (copy / path.name).write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"np"', 1))
     output = lab.disk / "refused"
-    done = lab.prune(output, "--workers=2")
+    done = lab.prune(output, "3")
     assert done.code == 2, done.err
     last = done.err.splitlines()[-1]
     assert "two" in last
