@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import InputError, RunError
 
 SESSION_VARIABLE = "BILLHOOK_SESSION"
 """Environment variable, set to the session's folder, that marks every process of a session."""
@@ -85,9 +85,7 @@ def _join(address: str) -> Iterator[None]:
 @contextmanager
 def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
     global _own_folder  # noqa: PLW0603 - a process has one Ray session at a time
-    folder = Path(tempfile.mkdtemp(prefix="billhook-ray-", dir=_root()))
-    own_lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)  # not inherited: Python's files never are
-    fcntl.flock(own_lock, fcntl.LOCK_EX)
+    folder, own_lock = _claimed_folder()
     _own_folder = folder
     try:
         with (
@@ -97,7 +95,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
             import ray
 
             _reload_ray_environment()
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=cpus,
                 num_gpus=gpus,
@@ -122,6 +120,29 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
         _own_folder = None
         _remove(folder)
         os.close(own_lock)
+
+
+def _claimed_folder() -> tuple[Path, int]:
+    """Return a new folder for a session and a descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix="billhook-ray-", dir=_root()))
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)  # not inherited: Python's files never are
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / LOCK).exists():
+            return folder, lock
+        os.close(lock)  # another command took it for a leftover before it was locked
+
+
+def _init(**options: Any) -> None:
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises just that when its processes are late
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"Ray did not start: {reason}; the machine may be too busy: run the same command again"
+        ) from error
 
 
 @contextmanager

@@ -32,12 +32,12 @@ def disk_failure(name: str, doing: str, error: OSError, descriptor: int | None =
     name: the file's path, or what the user knows it as; then an open ``descriptor`` of it tells its disk.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        facts = os.statvfs(os.path.dirname(name)) if descriptor is None else os.fstatvfs(descriptor)
-        free = facts.f_bavail * facts.f_frsize
-        return RunError(
-            f"{name}: the disk is full: {doing} failed, {free} bytes are free; make room and resume with the same "
-            "command"
-        )
+        try:
+            facts = os.statvfs(os.path.dirname(name) or ".") if descriptor is None else os.fstatvfs(descriptor)
+            free = f", {facts.f_bavail * facts.f_frsize} bytes are free"
+        except OSError:  # the folder is gone, too
+            free = ""
+        return RunError(f"{name}: the disk is full: {doing} failed{free}; make room and resume with the same command")
     return RunError(f"{name}: {doing} failed: {error.strerror}; resume with the same command once mended")
 
 

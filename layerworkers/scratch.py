@@ -125,12 +125,14 @@ class DiskParking:
         self._free[size_bytes].append(offset)
 
     def _give_back(self) -> None:
-        """Give the free places' blocks back to the file system before the file grows; they are not used again."""
+        """Give the free places' blocks back to the file system before the file grows; they are not used again.
+
+        Where it does not take them, they stay free places.
+        """
         for size, offsets in self._free.items():
-            for offset in offsets:
-                if punch_hole(self._file.fileno(), offset, _pages(size)):
-                    self._used -= _pages(size)
-        self._free.clear()
+            given = [offset for offset in offsets if punch_hole(self._file.fileno(), offset, _pages(size))]
+            self._used -= _pages(size) * len(given)
+            self._free[size] = [offset for offset in offsets if offset not in given]
 
 
 def _pages(size_bytes: int) -> int:

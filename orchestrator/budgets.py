@@ -29,19 +29,29 @@ class Budgets:
     ram: int
     disk: int | None
     """None where there is no output yet whose disk could be asked."""
+    output_disk: int | None = None
+    """Of it, for the output alone; None where scratch files are on the same disk."""
+    scratch_disk: int | None = None
+    """The same for scratch files."""
 
 
 def resolve_budgets(
     vram: int | None, ram: int | None, disk: int | None, device: str, output: Path | None, scratch: str | None = None
 ) -> Budgets:
-    """Fill in what was not given from the machine: its GPU, its memory, the disks of ``output`` and ``scratch``."""
+    """Fill in what was not given from the machine: its GPU, its memory, the disks of ``output`` and ``scratch``.
+
+    No more of a disk is planned with than is free on it, whatever was given.
+    """
     if vram is None and device == "cuda":
         vram = int(VRAM_SHARE * torch.cuda.get_device_properties(0).total_memory)
-    if disk is None and output is not None:
-        disk = max(0, free_disk_bytes(output) + _size_of(output) - DISK_RESERVE_BYTES)
-        if scratch is not None and _disk_of(user_path(scratch)) != _disk_of(output):
-            disk += max(0, free_disk_bytes(user_path(scratch)) - DISK_RESERVE_BYTES)
-    return Budgets(vram, int(RAM_SHARE * machine_ram_bytes()) if ram is None else ram, disk)
+    ram = int(RAM_SHARE * machine_ram_bytes()) if ram is None else ram
+    if output is None:
+        return Budgets(vram, ram, disk)
+    room = max(0, free_disk_bytes(output) + _size_of(output) - DISK_RESERVE_BYTES)
+    if scratch is None or _disk_of(user_path(scratch)) == _disk_of(output):
+        return Budgets(vram, ram, room if disk is None else min(disk, room))
+    apart = max(0, free_disk_bytes(user_path(scratch)) - DISK_RESERVE_BYTES)
+    return Budgets(vram, ram, room + apart if disk is None else min(disk, room + apart), room, apart)
 
 
 def machine_ram_bytes(root: Path = Path("/")) -> int:

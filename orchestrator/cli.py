@@ -60,9 +60,11 @@ def ending_with_code(command: Callable[..., None]) -> Callable[..., None]:
             raise _failed(error, 1) from error
         except OSError as error:
             raise _failed(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1) from error
-        except (Interrupted, KeyboardInterrupt) as error:
+        except Interrupted as error:
             why = f" ({error.__cause__})" if error.__cause__ is not None else ""
             raise _failed(f"interrupted{why}; the same command goes on from the last finished block", 130) from error
+        except KeyboardInterrupt as error:
+            raise _failed("interrupted", 130) from error
 
     return run
 
@@ -245,7 +247,12 @@ def prune_command(
                 "linears": [dataclasses.asdict(linear) for linear in result.linears],
             }
         )
-    elif result.budgets is None:
+    if result.budgets is not None and result.peak_bytes["ram"] > result.budgets.ram:
+        used, budget = gibibytes(result.peak_bytes["ram"]), gibibytes(result.budgets.ram)
+        print(f"billhook: warning: {used} of memory were used, more than the budget of {budget}", file=sys.stderr)
+    if json_output:
+        return
+    if result.budgets is None:
         print(f"{result.output}: this run had already finished; nothing was done")
     else:
         print(

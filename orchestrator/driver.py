@@ -25,7 +25,7 @@ from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, estimate, make_plan
-from billhook.orchestrator.printing import arrangement_as_text
+from billhook.orchestrator.printing import plan_as_text
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
 from billhook.orchestrator.request import make_request
 from billhook.orchestrator.workers import Progress, no_progress
@@ -137,17 +137,17 @@ def _prune(
     fingerprint = request.fingerprint(windows.sha256 if windows else None)
     existed = target.is_dir()
     with out.locked(target) as lock:
-        history = read_history(target)
-        branch = branch_point(history, fingerprint, from_block, force, str(target))
-        if history.done is not None and branch is None:
-            linears = _reports(history)
-            unused = {"vram": 0, "ram": 0, "disk": _size_bytes(target)}
-            return PruneResult(target, sparsity_of(linears), 0.0, unused, {}, None, blocks, linears, True)
+        history, begun = read_history(target), False
         try:
+            branch = branch_point(history, fingerprint, from_block, force, str(target))
+            if history.done is not None and branch is None:
+                linears = _reports(history)
+                unused = {"vram": 0, "ram": 0, "disk": _size_bytes(target)}
+                return PruneResult(target, sparsity_of(linears), 0.0, unused, {}, None, blocks, linears, True)
             remove_leftovers()
             access = out.begin_access(target)
             plan = make_plan(request, resources, target)
-            report("plan", 1, 1, arrangement_as_text(plan))
+            report("plan", 1, 1, "\n" + plan_as_text(plan))
             decided = {
                 "fingerprint": fingerprint,
                 "source": str(checkpoint.folder),
@@ -159,17 +159,22 @@ def _prune(
             elif branch is not None:
                 append(target, "branch", {"from_block": branch, **decided})
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
+            begun = True
             peak = _run(Run(plan, windows, access, target, lock, report, interruption))
             lock.check()
             _finish(plan, windows, target)
         except BaseException as error:
-            if isinstance(error, InputError) and not history.decided and not read_history(target).blocks:
-                out.remove_output(target, checkpoint, keep_folder=existed)
-            elif lock.in_place:
+            refused = isinstance(error, InputError) or not begun
+            if refused and not history.decided and not read_history(target).blocks:
+                if lock.in_place:
+                    out.remove_output(target, checkpoint, keep_folder=existed)
+            elif begun and lock.in_place:
                 with contextlib.suppress(Exception):  # it may be the disk that failed
                     append(target, "error", {"type": type(error).__name__, "message": str(error) or "interrupted"})
             if isinstance(error, OSError):
                 raise disk_failure(str(error.filename or f"{target}/"), "working", error) from error
+            if isinstance(error, KeyboardInterrupt) and interruption.asked:
+                raise Interrupted("ended before the first block of this command") from error
             raise
     linears = _reports(read_history(target))
     return PruneResult(

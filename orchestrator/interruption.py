@@ -34,6 +34,11 @@ class Interruption:
         """Whether the run was asked to end."""
         return self._asked_at is not None
 
+    @property
+    def is_polled(self) -> bool:
+        """Whether blocks are pruned now, so that asking to end raises nothing."""
+        return self._polled
+
     def deadline(self) -> float | None:
         """Return the monotonic time at which the block in progress is abandoned; None: not asked to end."""
         return None if self._asked_at is None else self._asked_at + self._grace_seconds
@@ -68,6 +73,9 @@ def interruptible(grace_seconds: float) -> Iterator[Interruption]:
         if interruption.asked:
             end_own_session()
             os._exit(130)
+        if interruption.is_polled:
+            told = f"billhook: ending; the block in progress has {grace_seconds:g} s to finish; again to end at once\n"
+            os.write(2, told.encode())
         interruption.ask()
 
     before = {number: signal.signal(number, handle) for number in SIGNALS if not is_ignored(number)}

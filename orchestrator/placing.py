@@ -75,7 +75,10 @@ def arrange(
         DoesNotFitError: when none is: the smallest budget that would do is named.
     """
     smallest: dict[str, int] = {}
-    within = replace(budgets, disk=None if budgets.disk is None else budgets.disk - output_bytes)
+    _check_output(budgets, output_bytes)
+    left = [] if budgets.disk is None else [budgets.disk - output_bytes]
+    left += [] if budgets.scratch_disk is None else [budgets.scratch_disk]
+    within = replace(budgets, disk=min(left, default=None))
     for workers in worker_counts:
         best: Arrangement | None = None
         for activations in _tiers(wanted["activations"]):
@@ -103,20 +106,21 @@ def _misfit(budgets: Budgets, smallest: Mapping[str, int], output_bytes: int, jo
     if "ram" not in smallest and "disk" in smallest:
         disk = smallest["disk"] + output_bytes
         return DoesNotFitError(
-            f"--disk {_gib(budgets.disk or 0)}: output and scratch need --disk {_gib(disk)}; free some space, choose "
-            "another -o, or raise --disk",
-            replace(budgets, disk=disk),
+            f"--disk: of {_mib(budgets.disk or 0)} that may be used, {_mib(output_bytes)} are for the output; scratch "
+            f"files need {_mib(smallest['disk'])}, together --disk {_mib(disk)}; free some space, choose another -o or "
+            "--scratch, or raise --disk",
+            replace(budgets, disk=disk, scratch_disk=None),
         )
     # What fails for RAM alone fits the device: so RAM it is, where both fail.
     option = "ram" if "ram" in smallest else "vram"
     # Rounded up: the size of our own processes differs a little from one command to the next.
     margin = 1.01 / RAM_TRUST if option == "ram" else 1.01
-    enough = -(-int(margin * smallest[option]) // 2**26) * 2**26
+    enough = -(-int(margin * smallest[option]) // 2**20) * 2**20
     budget = budgets.ram if option == "ram" else budgets.vram or 0
     return DoesNotFitError(
-        f"--{option} {_gib(budget)}: too small for the largest phase of the largest block, whatever else is kept on "
-        f"disk; the smallest budget that works is --{option} {enough / 2**30:.4g}GiB (method {job.method.name}, "
-        f"{job.samples} samples of {job.recipe.seqlen} tokens, dtype {job.recipe.dtype})",
+        f"--{option} {_mib(budget)}: too small for the largest phase of the largest block, whatever else is kept on "
+        f"disk; the smallest budget that works is --{option} {_mib(enough)} (for {job.samples} sequences of "
+        f"{job.recipe.seqlen} tokens, dtype {job.recipe.dtype})",
         replace(budgets, ram=enough) if option == "ram" else replace(budgets, vram=enough),
     )
 
@@ -240,5 +244,16 @@ def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: in
     return seconds
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}GiB"
+def _check_output(budgets: Budgets, output_bytes: int) -> None:
+    room = budgets.output_disk if budgets.output_disk is not None else budgets.disk
+    if room is not None and output_bytes > room:
+        raise DoesNotFitError(
+            f"--disk: the output needs {_mib(output_bytes)}, and {_mib(room)} may be used on its disk; free some "
+            "space, choose another -o, or raise --disk",
+            replace(budgets, disk=max(budgets.disk or 0, output_bytes), output_disk=None),
+        )
+
+
+def _mib(size: int) -> str:
+    """Return a size as options take it, rounded up."""
+    return f"{-(-size // 2**20)}MiB"

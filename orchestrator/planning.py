@@ -13,7 +13,6 @@ from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import BlockTask, LinearTask
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
-from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.devices import (
     BANDWIDTH_BYTES,
     DEVICES,
@@ -36,6 +35,13 @@ from billhook.orchestrator.workers import Workers
 
 PLENTY_BYTES = 1 << 60
 """A budget that limits nothing."""
+
+
+RECORD_BYTES = 1 << 10
+"""Of journal, manifest and card, for one linear: more than they take."""
+
+RECORDS = 64
+"""So many linears' records stand for what is written once for a run."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def make_plan(
         rates = measured_rates(opened)
     work = block_work(opened, request.linears, recipe.seqlen or 0)
     counts = range(most, 0, -1) if resources.workers == "auto" else [most]
-    size = output_bytes(opened.checkpoint)
+    size = output_bytes(opened)
     misfit, within = None, budgets
     while True:
         try:
@@ -176,7 +182,7 @@ def make_plan(
         arrangement,
         connection,
         times,
-        _cadence(request, resources, rates, arrangement, times, hidden, within.disk),
+        _cadence(request, resources, rates, arrangement, times, hidden, within),
         hidden,
         _elsewhere(job, work, size, own) if output is None and supposed.device is None else {},
         misfit,
@@ -202,7 +208,7 @@ def with_workers(plan: Plan, workers: int) -> Plan:
         [workers],
         plan.own_bytes,
         _tiers(resources),
-        output_bytes(opened.checkpoint),
+        output_bytes(opened),
         per_node=resolve_workers("auto", opened.device, request.recipe.threads, useful),
     )
     return replace(
@@ -251,13 +257,24 @@ def _cadence(
     arrangement: Arrangement,
     times: Sequence[BlockTime],
     hidden_bytes: int,
-    disk: int | None,
+    budgets: Budgets,
 ) -> int:
-    """Return after how many blocks inputs are kept; 0 (never) also where the disk has no room for them."""
+    """Return after how many blocks inputs are kept; 0 (never) also where the disk has no room for them.
+
+    Raises:
+        InputError: when they were asked for, and there is no room.
+    """
     size, blocks = request.samples * hidden_bytes, len(request.model.layout.blocks)
     if not size or resources.keep_inputs == "never":
         return 0
-    if disk is not None and output_bytes(request.model.checkpoint) + arrangement.peak.disk + 2 * size > disk:
+    written = output_bytes(request.model) + 2 * size
+    together = budgets.disk is not None and written + arrangement.peak.disk > budgets.disk
+    if together or (budgets.output_disk is not None and written > budgets.output_disk):
+        if resources.keep_inputs != "auto":
+            raise InputError(
+                f"--keep-inputs {resources.keep_inputs}: the disk has no room for another {2 * size} bytes; free some "
+                "space, or say --keep-inputs never"
+            )
         return 0
     if resources.keep_inputs != "auto":
         return resources.keep_inputs
@@ -301,16 +318,18 @@ def block_work(model: Model, chosen: tuple[tuple[Linear, ...], ...], seqlen: int
     ]
 
 
-def output_bytes(checkpoint: Checkpoint) -> int:
-    """Return the size of the output: that of the source, and of what travels along."""
-    return checkpoint.size_bytes + sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
+def output_bytes(model: Model) -> int:
+    """Return the size of the output: that of the source, of what travels along, and of the records at most."""
+    checkpoint, linears = model.checkpoint, sum(len(block.linears) for block in model.layout.blocks)
+    others = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
+    return checkpoint.size_bytes + others + RECORD_BYTES * (linears + RECORDS)
 
 
 def estimate(plan: Plan) -> Estimate:
     """Predict what a run takes from the shapes of its tensors, and its time from the rates of this machine."""
     request, workers = plan.request, plan.workers.count
     checkpoint, blocks = request.model.checkpoint, request.model.layout.blocks
-    written = output_bytes(checkpoint)
+    written = output_bytes(request.model)
     kept = request.samples * plan.hidden_bytes * sum(plan.keeps_inputs_of(block.index) for block in blocks)
     read = checkpoint.size_bytes + (workers - 1) * sum(
         tensor.entry.size_bytes for block in blocks for tensor in block.tensors

@@ -131,16 +131,6 @@ def plan_as_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def arrangement_as_text(plan: Plan) -> str:
-    """Return in one line what a run will take and how it will go about it."""
-    taken, device = estimate(plan), plan.request.recipe.device
-    return (
-        f"{plan.workers.count} worker(s), peak RAM {gibibytes(taken.peak_bytes['ram'])} of "
-        f"{gibibytes(plan.budgets.ram)}, activations on {_tier(plan.arrangement.activations, device)}; "
-        + "; ".join(_ways(plan.arrangement, device))
-    )
-
-
 def _moved(plan: Plan, moved_bytes: int) -> str:
     rate = plan.connection.bandwidth_bytes / 1e9
     return f"{gibibytes(moved_bytes)} from worker to worker, at {rate:.3g} GB/s into or out of each"

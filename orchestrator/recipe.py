@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, cast
@@ -93,6 +94,14 @@ class Resources(BaseModel):
     def _here(cls, value: str | None) -> str | None:
         return None if value == "local" else value
 
+    @field_validator("vram", "ram", "disk", mode="before")
+    @classmethod
+    def _with_a_unit(cls, value: Any) -> Any:
+        said = isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[kmgtp]i?b?\s*", value, re.IGNORECASE)
+        if value is None or said or (isinstance(value, int) and value >= 1 << 20):
+            return value
+        raise ValueError("expected a size with its unit, as 16GiB")
+
     @field_validator("workers")
     @classmethod
     def _at_least_one(cls, value: int | str) -> int | str:
@@ -157,7 +166,8 @@ def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Rec
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"option {name}: {problem['msg']}, found {problem['input']!r}") from error
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise InputError(f"option {name}: {reason}, found {problem['input']!r}") from error
 
 
 def merged_options(before: Mapping[str, Any], given: RunOptions) -> RunOptions:

@@ -269,13 +269,19 @@ def test_a_request_that_fails_on_resume_removes_nothing(llama5: Path, text_file:
         if phase == "start":
             interruption.ask()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         prune(llama5, output, progress=ask, interruption=interruption, calibration=str(text_file), **CALIBRATION)
     assert status(output).blocks_done == 0
     with pytest.raises(InputError, match="the smallest budget that works"):
         resume(output, ram="1MiB")
     assert read_history(output).decided
-    assert status(output).state == "failed"
+    assert status(output).state == "interrupted", "what is refused changes nothing"
+
+
+def test_a_refused_request_leaves_no_folder(llama5: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--from-block 3: .* holds no run yet"):
+        prune(llama5, tmp_path / "out", calibration=str(text_file), from_block=3, **CALIBRATION)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_removed_output_is_not_written_to(llama5: Path, text_file: Path, tmp_path: Path) -> None:

@@ -138,6 +138,17 @@ def test_the_footprint_of_a_block_grows_with_the_tokens_and_tells_what_waits(lla
     assert set(one.waiting_bytes) == {name for group in facts.input_groups for name in group}
 
 
+def test_places_that_the_file_system_does_not_take_back_are_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.layerworkers.scratch.punch_hole", lambda *_: False)
+    parking = DiskParking(str(tmp_path))
+    for _ in range(3):
+        for pages in (1, 2):
+            parking.park(torch.ones(pages * 4096, dtype=torch.uint8)).give_up()
+    assert parking.peak_bytes == 3 * 4096
+
+
 def test_a_file_that_grows_gives_freed_places_of_other_sizes_back_first(tmp_path: Path) -> None:
     parking = DiskParking(str(tmp_path))
     for pages in range(1, 9):

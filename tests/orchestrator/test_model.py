@@ -24,12 +24,12 @@ def test_the_source_hash_notices_a_swapped_shard(llama: Path, tmp_path: Path) ->
     import shutil
 
     copy = Path(shutil.copytree(llama, tmp_path / "copy"))
-    assert open_checkpoint(copy).sha256() == open_checkpoint(llama).sha256()
+    assert open_checkpoint(copy).source().sha256 == open_checkpoint(llama).source().sha256
     shard = sorted(copy.glob("*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
     data[-2000:] = bytes(2000)
     shard.write_bytes(data)
-    assert open_checkpoint(copy).sha256() != open_checkpoint(llama).sha256()
+    assert open_checkpoint(copy).source().sha256 != open_checkpoint(llama).source().sha256
 
 
 def test_auto_workers_are_no_more_than_are_useful() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from billhook.orchestrator import InputError, Plan, plan
+from billhook.orchestrator import InputError, Plan, budgets, plan
 from billhook.orchestrator.budgets import machine_ram_bytes
-from billhook.orchestrator.planning import estimate
+from billhook.orchestrator.devices import DEVICES
+from billhook.orchestrator.planning import estimate, make_plan, output_bytes
 from billhook.orchestrator.printing import plan_as_json, plan_as_text
+from billhook.orchestrator.recipe import read_options
+from billhook.orchestrator.request import make_request
 
 GIB = 1 << 30
 
@@ -36,8 +40,10 @@ def shape_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def process_of_300_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+def the_same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this one has to do beside."""
     monkeypatch.setattr("billhook.orchestrator.planning.own_bytes", lambda pid: 300 << 20)
+    monkeypatch.setattr("billhook.orchestrator.planning.measured_rates", lambda model: DEVICES["cpu-core"].rates)
 
 
 def planned(folder: Path, **options: Any) -> Plan:
@@ -140,8 +146,43 @@ def test_excluding_the_first_linear_of_a_group_counts_what_it_has_made(shape_of_
 def test_sizes_are_read_as_people_write_them(shape_of_8b: Path) -> None:
     assert planned(shape_of_8b, ram="20GB").budgets.ram == 20_000_000_000
     assert planned(shape_of_8b, ram="20 GiB").budgets.ram == 20 * GIB
-    with pytest.raises(InputError, match="option ram"):
-        planned(shape_of_8b, ram="much")
+    for wrong in ("much", "16", 16, "-3GiB"):
+        with pytest.raises(InputError, match="option ram: expected a size with its unit, as 16GiB"):
+            planned(shape_of_8b, ram=wrong)
+
+
+def test_the_smallest_budget_that_is_named_works_and_is_no_more_than_that(shape_of_8b: Path) -> None:
+    for option, little in (("ram", "100MiB"), ("vram", "1MiB")):
+        misfit = planned(shape_of_8b, **{option: little}).misfit
+        assert misfit is not None
+        named = re.search(rf"works is --{option} (\d+)MiB", misfit)
+        assert named
+        assert planned(shape_of_8b, **{option: f"{named[1]}MiB"}).misfit is None
+        assert planned(shape_of_8b, **{option: f"{0.95 * int(named[1]):.0f}MiB"}).misfit is not None
+
+
+def test_no_more_of_a_disk_is_planned_with_than_is_free_on_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output's disk is nearly full, the scratch files' is not; and the other way round."""
+    output, scratch = tmp_path / "out", tmp_path / "scratch"
+    free = {output: 0, scratch: 0}
+    monkeypatch.setattr(budgets, "free_disk_bytes", lambda folder: budgets.DISK_RESERVE_BYTES + free[folder])
+    monkeypatch.setattr(budgets, "_disk_of", lambda folder: folder)
+    options: Any = {"calibration": "random", "samples": 8, "seqlen": 32, "activations": "disk", "disk": "1GiB"}
+    recipe, resources = read_options(None, {**options, "scratch": str(scratch)})
+    request = make_request(llama, recipe)
+    free |= {output: 1000, scratch: GIB}
+    with pytest.raises(InputError, match=r"the output needs \d+MiB, and 1MiB may be used on its disk"):
+        make_plan(request, resources, output)
+    free |= {output: GIB, scratch: 1000}
+    with pytest.raises(InputError, match=r"scratch files need 1MiB"):
+        make_plan(request, resources, output)
+    free |= {output: GIB, scratch: GIB}
+    assert make_plan(request, resources, output).budgets.disk == GIB
+    free[output] = output_bytes(request.model) + 100
+    with pytest.raises(InputError, match="--keep-inputs 1: the disk has no room"):
+        make_plan(request, resources.model_copy(update={"keep_inputs": 1}), output)
 
 
 def test_a_cgroup_limits_the_default(tmp_path: Path) -> None:
