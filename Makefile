@@ -25,9 +25,10 @@ test: setup
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults --all-faults
 
-# Nodes with networks, disks and processes of their own, some of which lose their power: needs root.
+# Nodes with networks, disks and processes of their own, some of which lose their power; `ray up` over ssh, and a job in
+# Slurm, where sshd, rsync, nft and Slurm are installed: needs root.
 test-nodes: setup
-	$(BIN)/python -m pytest tests/nodes -rs
+	$(BIN)/python -m pytest tests/nodes tests/deploy -rs
 
 lint: setup
 	$(BIN)/ruff format --check .

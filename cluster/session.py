@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,12 @@ SESSION_VARIABLE = "BILLHOOK_SESSION"
 
 LOCK = "owner.lock"
 """File in the session's folder that its command holds a lock on."""
+
+TOKEN_FILE = "~/.ray/auth_token"
+"""Where Ray looks for a cluster's token when the environment does not say."""
+
+CONNECT_SECONDS = 10.0
+"""How long the head node of a cluster to be joined may take to accept a connection."""
 
 _own_folder: Path | None = None
 """Folder of the session that this process has started and not yet stopped."""
@@ -50,7 +57,7 @@ def ray_session(address: str | None, cpus: int, gpus: int, object_store_bytes: i
     removed first.
 
     Raises:
-        InputError: when there is no cluster at ``address``.
+        InputError: when there is no cluster at ``address``, or it does not let this process in.
     """
     remove_leftovers()
     if "ray" in sys.modules:
@@ -69,17 +76,74 @@ def _join(address: str) -> Iterator[None]:
     import ray
 
     with _signals_and_output_are_ours():
+        _check_admission(address)
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
-                "'ray start --head', or leave --address out to use this machine"
-            ) from error
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise _no_cluster(address, str(error).splitlines()[0]) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_admission(address: str) -> None:
+    """Check that a cluster listens at ``address`` and takes this process's token; Ray alone would try for minutes.
+
+    Raises:
+        InputError: when not.
+    """
+    import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    try:
+        found = canonicalize_bootstrap_address(address) or ""
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, str(error)) from error
+    if address == "auto":
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does, for this address alone
+    _check_token_source()
+    try:
+        GcsClient(address=found)
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(
+            f"--address {address}: the Ray cluster there refused this command: the token is missing or wrong; set "
+            f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (default: {TOKEN_FILE})"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _check_token_source() -> None:
+    """Check that there is a token where one is asked for: without one, Ray aborts the process.
+
+    Raises:
+        InputError: when there is none.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE
+    try:
+        if Path(path).expanduser().read_text().strip():
+            return
+        reason = "it is empty"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise InputError(
+        f"RAY_AUTH_MODE=token, but there is no token in {path} ({reason}): put the cluster's token there, or set "
+        "RAY_AUTH_TOKEN_PATH to the file that holds it"
+    )
+
+
+def _no_cluster(address: str, reason: str) -> InputError:
+    return InputError(
+        f"--address {address}: no Ray cluster answers there ({reason}); start one with 'ray start --head', or leave "
+        "--address out to use this machine"
+    )
 
 
 @contextmanager

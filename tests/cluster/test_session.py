@@ -67,6 +67,32 @@ def test_a_caller_without_the_token_is_refused(cluster_environment: dict[str, st
     assert "token" in wrong.stderr.lower()
 
 
+JOINED = """
+    from billhook.cluster.session import ray_session
+    from billhook.layerworkers.errors import InputError
+    try:
+        with ray_session("ADDRESS", 1, 0, 0):
+            print("in")
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    run = run_python(JOINED.replace("ADDRESS", "127.0.0.1:9"), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+    assert "no Ray cluster answers there" in run.stdout
+    assert "Connection refused" in run.stdout
+
+
+def test_a_token_that_is_asked_for_and_not_there_is_named(cluster_environment: dict[str, str], tmp_path: Path) -> None:
+    without = {name: value for name, value in cluster_environment.items() if name != "RAY_AUTH_TOKEN"}
+    path = tmp_path / "token"
+    for reason in ("No such file or directory", "it is empty"):
+        run = run_python(JOINED.replace("ADDRESS", without["GCS"]), **without, RAY_AUTH_TOKEN_PATH=str(path))
+        assert f"there is no token in {path} ({reason})" in run.stdout, run.stderr
+        path.touch()
+
+
 STARTED = """
     import os, signal, subprocess, sys
     from billhook.cluster import session
