@@ -13,9 +13,12 @@ PHASES = {
     "reduce": ("_reduce", 6),
     "solve": ("_solve_share", 10),
     "gather": ("_gather_", 10),
-    "write": ("BlockWriter.write", 7),
+    "write": ("RemoteFiles.write", 7),
 }
-"""What a worker calls in each phase, and which call: one of the second block's, however the two share their work."""
+"""What a worker calls in each phase, and which call: one of the second block's (of the first two, where it writes).
+
+They come in another number on each worker, depending on how these share the work.
+"""
 
 
 @pytest.mark.parametrize("phase", PHASES)

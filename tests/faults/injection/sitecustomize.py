@@ -30,7 +30,7 @@ OS_POINTS = ("preadv", "pwrite", "fsync", "rename", "unlink")
 MODULE_POINTS = {
     "billhook.layerworkers.statistics": ("Accumulator.add",),
     "billhook.layerworkers.solving": ("solve_group", "_reduce", "_solve_share", "_gather_"),
-    "billhook.layerworkers.transfer": ("BlockWriter.write",),
+    "billhook.cluster.scribe": ("RemoteFiles.write",),
     "billhook.orchestrator.journal": ("append",),
     "billhook.orchestrator.output": ("sha256_of",),
 }
