@@ -1,4 +1,4 @@
-"""Machines for what starts clusters: each with two networks, processes, shared memory, a home, and a daemon that serves.
+"""Machines for what starts clusters: each has two networks, processes, shared memory, a home, and a daemon.
 
 Without Ray: that is what `ray up` and Slurm are to start there.
 """
