@@ -80,6 +80,7 @@ def commit_blocks(run: Run) -> dict[str, int]:
             except BlockLostError as error:
                 if run.interruption.asked:
                     raise Interrupted(str(error)) from error
+                run.lock.check()
                 block = len(read_history(run.output).blocks)
                 lost[block] += 1
                 if lost[block] == TRIES:

@@ -223,6 +223,7 @@ def _run(run: Run) -> dict[str, int]:
         try:
             peak = commit_blocks(run)
         except RunError as error:
+            run.lock.check()  # what failed may have failed for that
             if run.interruption.asked:  # a signal to the whole process group ends the workers too
                 raise Interrupted(str(error)) from error
             raise

@@ -43,7 +43,7 @@ POINTS = [
 ROUNDS = 3
 """Of :data:`POINTS`, each at a call drawn anew: 69 kills, and more of the runs that go on."""
 
-FEW = (("worker", "solve_group", "kill all"), ("driver", "fsync", "kill"))
+FEW = (("worker", "pwrite", "kill driver"), ("driver", "fsync", "kill"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -32,6 +32,7 @@ ADDRESSES = {name: f"10.99.0.{number}" for number, name in enumerate(("head", "o
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else whatever the machine does beside comes first
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
