@@ -39,6 +39,7 @@ def test_ray_up_starts_a_cluster_that_only_the_token_opens(
         ssh.mkdir(mode=0o700)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ssh / "host"], check=True)
         shutil.copy(tmp_path / "key.pub", ssh / "billhook.pub")
+        (machine.home / ".bashrc").write_text("export PATH=/opt/billhook/bin:$PATH\n")
         machine.boot(SSHD.format(home=machine.home, address=machine.address))
     shutil.copy(tmp_path / "key", desk.home / ".ssh" / "billhook")
     config: dict[str, Any] = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
