@@ -29,6 +29,8 @@ OPTIONS = ("--samples", "18", "--seqlen", "32", "--partition-rows", "32", "--act
 
 ADDRESSES = {name: f"10.99.0.{number}" for number, name in enumerate(("head", "one", "two", "three"), 1)}
 
+ACTORS = ("ray::WorkerActor", "ray::Mailbox", "ray::Scribe")
+
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -73,10 +75,10 @@ class Node:
         """Return the command that runs ``arguments`` on this node."""
         return ["nsenter", f"--target={self.init}", "--net", "--mount", "--uts", "--pid", *arguments]
 
-    def processes(self, title: str) -> list[str]:
-        """Return the command lines on this node that hold ``title``."""
+    def actors(self) -> list[str]:
+        """Return the titles of the processes of ours that Ray runs on this node."""
         done = subprocess.run(self.command("ps", "-eo", "args"), capture_output=True, text=True, check=True)
-        return [line for line in done.stdout.splitlines() if title in line]
+        return [line for line in done.stdout.splitlines() if line.startswith(ACTORS)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Lab:
             self.nodes[name] = self._power_on(name)
         joining = [subprocess.Popen(self._join(self.nodes[name]), **self._quiet()) for name in missing]
         for process in joining:
-            _, error = process.communicate(timeout=60)
+            _, error = process.communicate(timeout=120)
             assert process.returncode == 0, error
 
     def _power_on(self, name: str) -> Node:
@@ -244,10 +246,15 @@ def why_not() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def cluster(make_model: Callable[..., Path], text_file: Path) -> Iterator[Lab]:
-    """The lab, with its head."""
+def possible() -> None:
+    """Skip where there can be no lab."""
     if reason := why_not():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(possible: None, make_model: Callable[..., Path], text_file: Path) -> Iterator[Lab]:
+    """The lab, with its head."""
     folder = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))  # short: Ray puts sockets below
     for name in ("disk", "disks", "shared"):
         (folder / name).mkdir()
@@ -281,7 +288,7 @@ def lab(cluster: Lab) -> Iterator[Lab]:
     cluster.start(*ADDRESSES)
     yield cluster
     for node in cluster.nodes.values():
-        wait_until(lambda node=node: not node.processes("ray::WorkerActor") and not node.processes("ray::Mailbox"))
+        wait_until(lambda node=node: not node.actors())
         assert not list(node.disk.glob("scratch/*"))
 
 
