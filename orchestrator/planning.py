@@ -36,7 +36,6 @@ from billhook.orchestrator.workers import Workers
 PLENTY_BYTES = 1 << 60
 """A budget that limits nothing."""
 
-
 RECORD_BYTES = 1 << 10
 """Of journal, manifest and card, for one linear: more than they take."""
 
@@ -200,6 +199,7 @@ def with_workers(plan: Plan, workers: int) -> Plan:
     request, resources = plan.request, plan.resources
     opened, work = request.model, block_work(request.model, request.linears, request.recipe.seqlen or 0)
     useful = _job(request).partitions if request.samples else 1
+    here = resolve_workers("auto", opened.device, request.recipe.threads, useful)
     arrangement = arrange(
         _job(request),
         work,
@@ -209,7 +209,7 @@ def with_workers(plan: Plan, workers: int) -> Plan:
         plan.own_bytes,
         _tiers(resources),
         output_bytes(opened),
-        per_node=resolve_workers("auto", opened.device, request.recipe.threads, useful),
+        per_node=None if resources.address is None else here,
     )
     return replace(
         plan,
