@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,11 @@ from billhook.orchestrator.printing import plan_as_json, plan_as_text
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shape(shape_of_8b: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float16."""
     folder = tmp_path_factory.mktemp("config")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 2,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-        "dtype": "float16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    config = (shape_of_8b / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("bfloat16", "float16"))
     return folder
 
 
