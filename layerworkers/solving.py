@@ -41,7 +41,7 @@ class _Share:
 def solve_group(
     linears: Sequence[LinearTask],
     weights: Mapping[str, Tensor],
-    nodes: Sequence[Node],
+    nodes: list[Node],
     task: BlockTask,
     group: Collective,
     device: torch.device,
@@ -50,7 +50,8 @@ def solve_group(
 
     weights: the dense weights by name on disk, [R, C] in their dtype on disk, on the CPU. On every worker each is
     overwritten by its sparse form before its report is yielded; zeros are positive where anything was removed.
-    nodes: this worker's partial sums of the statistic that the method needs.
+    nodes: this worker's partial sums of the statistic that the method needs; the list is emptied, so that they are
+    gone before the solves need the room.
 
     Raises:
         RunError: when a solve fails: the linear is named.
@@ -83,7 +84,7 @@ def solve_group(
 def _reduce(
     statistic: Statistic,
     columns: int,
-    nodes: Sequence[Node],
+    nodes: list[Node],
     partitions: int,
     group: Collective,
     root: int,
@@ -95,7 +96,9 @@ def _reduce(
     matrix the lower triangle is sent, and only that part of the result is meant.
     """
     if group.size == 1:
-        return total(nodes, partitions)
+        summed = total(nodes, partitions)
+        nodes.clear()
+        return summed
     shape = statistic.shape(columns)
     # The root's first sum is overwritten band by band, as each is consumed.
     reusable = next((node.total for node in nodes if isinstance(node.total, Tensor)), None)
@@ -117,6 +120,7 @@ def _reduce(
     for node in nodes:
         if not isinstance(node.total, Tensor):
             node.total.give_up()
+    nodes.clear()
     return reduced if group.rank == root else None
 
 

@@ -42,7 +42,7 @@ from billhook.layerworkers.transfer import BlockReader, BlockWriter, check_finit
 Group = tuple[str, ...]
 """Names within the block of linears that share one input and are to be pruned."""
 
-Solve = Callable[[Group, Sequence[Node]], None]
+Solve = Callable[[Group, list[Node]], None]
 """Prunes a group, given this worker's sums of the statistic of its input."""
 
 HEAD_SLICE_BYTES = 64 << 20
@@ -148,7 +148,7 @@ class BlockWorker:
                 self._writer.write(task.output, entry, disk.get(entry.name))
         reports: dict[str, LinearReport] = {}
 
-        def solve(group: Group, nodes: Sequence[Node]) -> None:
+        def solve(group: Group, nodes: list[Node]) -> None:
             tasks = [linears[name] for name in group]
             for report in solve_group(tasks, disk, nodes, task, self._group, self._device):
                 reports[report.name] = report

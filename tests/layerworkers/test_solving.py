@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from billhook.layerworkers import solving
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import even_ranges
@@ -144,3 +146,38 @@ def test_nothing_asked_is_nothing_changed(run_group: Any, method: str) -> None:
     (results,) = solved_by(1, run_group, method, Unstructured(Fraction(0)), torch.bfloat16)
     for each in results:
         assert torch.equal(each.weight, weights[each.report.name])
+
+
+def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
+    run_group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would hold a Gram beside the factor that it is sent."""
+    monkeypatch.setattr("billhook.layerworkers.sharing.SECONDS_PER_EXCHANGE", 0.0)  # all solve
+    weights, inputs = problem(torch.bfloat16)
+    tasks = [LinearTask(name, name, NM(2, 4), "sparsegpt", METHODS["sparsegpt"].options()) for name in weights]
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6, 16)
+    sums: dict[int, list[weakref.ref[Any]]] = {}
+    alive: list[bool] = []
+    solve_share = solving._solve_share
+
+    def watched(linear: Any, weight: Any, ranges: Any, group: Any, problem: Any) -> Any:
+        share = solve_share(linear, weight, ranges, group, problem)
+        if group.rank == 1:
+            alive.extend(each() is not None for each in sums[1])
+        return share
+
+    monkeypatch.setattr(solving, "_solve_share", watched)
+
+    def work(group: Any) -> None:
+        accumulator = Accumulator(METHODS["sparsegpt"].statistic, 64, 4, torch.device("cpu"))  # type: ignore[arg-type]
+        start, stop = even_ranges(6, 2)[group.rank]
+        for number in range(start * 4, min(stop * 4, SAMPLES)):
+            accumulator.add(number, inputs[number])
+        nodes = accumulator.nodes()
+        sums[group.rank] = [weakref.ref(node.total) for node in nodes]
+        own = {name: weight.clone() for name, weight in weights.items()}
+        list(solving.solve_group(task.linears, own, nodes, task, group, torch.device("cpu")))
+
+    run_group(2, work)
+    assert alive
+    assert not any(alive)
