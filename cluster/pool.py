@@ -21,6 +21,7 @@ from billhook.cluster.exchange import RayCollective
 from billhook.cluster.mailbox import Mailbox
 from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
+from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.shards import TensorEntry
@@ -29,7 +30,6 @@ from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
     ModuleTensor,
-    OutputAccess,
     Sample,
     StemTask,
     WindowLoss,
@@ -167,7 +167,8 @@ class WorkerPool:
             self.whereabouts = self._outcome([actor.whereabouts.remote() for actor in self._actors], START_SECONDS)
             if not all(where.sees_output for where in self.whereabouts):
                 assert setup.output is not None
-                self._scribe = Scribe.options(**on_this_node()).remote(setup.output.lock)  # type: ignore[attr-defined]
+                scribe_class: Any = Scribe
+                self._scribe = scribe_class.options(**on_this_node()).remote(setup.output, self.size)
             facts = self._outcome([actor.set_up.remote(self._scribe) for actor in self._actors])
             _check_alike(facts, expected, [self._name(rank) for rank in range(self.size)])
         except GetTimeoutError as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from billhook.layerworkers.descriptors import OpenFiles, read_into, shared_lock
+from billhook.layerworkers.access import OpenFiles, OutputAccess
+from billhook.layerworkers.descriptors import read_into
 from billhook.layerworkers.errors import RunError
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ PIECE_BYTES = 16 << 20
 class Scribe:
     """Does as it is told by several workers, one call after the other."""
 
-    def __init__(self, lock: str):
-        self._lock = shared_lock(lock)
-        self._files: dict[int, OpenFiles] = defaultdict(OpenFiles)
+    def __init__(self, output: OutputAccess, workers: int):
+        self._files = [OpenFiles(output) for _ in range(workers)]
 
     def read(self, path: str, start_bytes: int, size_bytes: int) -> Any:
         """Return a byte range as a numpy array."""

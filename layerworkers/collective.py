@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from billhook.layerworkers import scratch
 from billhook.layerworkers.scratch import bands
 
 Message = Any
@@ -141,18 +142,52 @@ def broadcast_tensor_(group: Collective, root: int, tensor: Tensor) -> None:
             band.copy_(from_bytes(received, band))
 
 
-def gather_rows_(group: Collective, ranges: Sequence[tuple[int, int]], tensor: Tensor) -> None:
-    """Overwrite the rows that other ranks have, by ``ranges``, with theirs, in place: a band of each at a time."""
+Rows = tuple[int, int]
+"""Start and stop row; equal where a worker has none."""
+
+Band = tuple[int, int, int]
+"""Number of a tensor among several, and the rows of it that start and stop."""
+
+
+def messages(shares: Sequence[tuple[tuple[int, ...], int]]) -> list[list[Band]]:
+    """Deal rows out to messages of at most :data:`billhook.layerworkers.scratch.BAND_BYTES`, or one row, in order.
+
+    shares: shape and bytes of an entry of each tensor, of which there may be no rows.
+    """
+    dealt: list[list[Band]] = []
+    room = 0
+    for number, (shape, item_bytes) in enumerate(shares):
+        for start, stop in bands(shape, item_bytes):
+            size_bytes = (stop - start) * item_bytes * math.prod(shape[1:])
+            if size_bytes > room:
+                dealt.append([])
+                room = scratch.BAND_BYTES
+            dealt[-1].append((number, start, stop))
+            room -= size_bytes
+    return dealt
+
+
+def gather_rows_(group: Collective, tensors: Sequence[Tensor], ranges: Sequence[Sequence[Rows]]) -> None:
+    """Overwrite the rows that other ranks have with theirs, in place: a message of each rank at a time.
+
+    ranges: of each tensor, the rows of each rank.
+    """
     if group.size == 1:
         return
-    shares = [tensor[start:stop] for start, stop in ranges]
-    for together in zip_longest(*(bands(share.shape, share.element_size()) for share in shares)):
-        parts = [None if band is None else share[slice(*band)] for share, band in zip(shares, together, strict=True)]
-        own = parts[group.rank]
-        received = all_gather(group, None if own is None else as_bytes(own))
-        for rank, part in enumerate(parts):
-            if part is not None and rank != group.rank:
-                part.copy_(from_bytes(received[rank], part))
+    shares = [
+        [tensor[slice(*own[rank])] for tensor, own in zip(tensors, ranges, strict=True)] for rank in range(group.size)
+    ]
+    dealt = [messages([(tuple(share.shape), share.element_size()) for share in of_rank]) for of_rank in shares]
+    for together in zip_longest(*dealt, fillvalue=[]):
+        parts = [
+            [of_rank[number][start:stop] for number, start, stop in message]
+            for of_rank, message in zip(shares, together, strict=True)
+        ]
+        received = all_gather(group, [as_bytes(part) for part in parts[group.rank]])
+        for rank, of_rank in enumerate(parts):
+            if rank != group.rank:
+                for part, array in zip(of_rank, received[rank], strict=True):
+                    part.copy_(from_bytes(array, part))
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, Any]:

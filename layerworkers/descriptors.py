@@ -1,9 +1,8 @@
-"""Positioned reads and writes that are complete or fail, syncing and locking: by open files, without torch."""
+"""Positioned reads and writes that are complete or fail, and syncing: by open files, without torch."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 
 from billhook.layerworkers.errors import RunError
@@ -67,20 +66,6 @@ def open_to_write(path: str) -> int:
         raise disk_failure(path, "opening", error) from error
 
 
-def shared_lock(path: str) -> int:
-    """Return a descriptor that holds a shared lock on the file until it is closed or the process ends.
-
-    Raises:
-        RunError: when the file cannot be opened, or is locked exclusively.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be locked: {error.strerror}") from error
-    return descriptor
-
-
 def sync_descriptor(descriptor: int, path: str) -> None:
     """Wait until what was written to an open file is on the disk.
 
@@ -91,36 +76,3 @@ def sync_descriptor(descriptor: int, path: str) -> None:
         os.fsync(descriptor)
     except OSError as error:
         raise disk_failure(path, "syncing", error) from error
-
-
-class OpenFiles:
-    """Files that are written to, by path, and stay open until they are closed.
-
-    Writing goes to the file that was there at first, whatever takes its name later; and what the system could not write
-    is told to the one who wrote it.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[str, int] = {}
-
-    def write(self, path: str, start_bytes: int, view: memoryview) -> None:
-        """Write all of ``view`` at an offset of an existing file.
-
-        Raises:
-            RunError: when the disk is full or fails.
-        """
-        if path not in self._open:
-            self._open[path] = open_to_write(path)
-        write_from(self._open[path], view, start_bytes, path)
-
-    def sync(self, path: str) -> None:
-        """Wait until what was written to a file is on the disk.
-
-        Raises:
-            RunError: when the disk says that it is not.
-        """
-        sync_descriptor(self._open[path], path)
-
-    def close(self, path: str) -> None:
-        """Close a file."""
-        os.close(self._open.pop(path))

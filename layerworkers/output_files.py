@@ -6,12 +6,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from billhook.layerworkers.descriptors import OpenFiles
+from billhook.layerworkers.access import OpenFiles
 from billhook.layerworkers.files import read_bytes
 
 
 class OutputFiles(Protocol):
-    """Reads and writes existing files; see :class:`OpenFiles`."""
+    """Reads and writes existing files of the output; see :class:`OpenFiles`."""
 
     def read(self, path: str, start_bytes: int, size_bytes: int) -> Tensor:
         """Read a byte range into a fresh uint8 tensor; raises RunError as :func:`read_bytes`."""

@@ -18,29 +18,29 @@ from billhook.layerworkers.errors import RunError
 from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, triangle_load
 
 _Broadcast = Callable[[Collective, int, Tensor], None]
+"""Makes a matrix the root's on all workers."""
 
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of the asked damping that are tried in turn when a Gram matrix is not positive definite in float32."""
 
 
-_SHAPES_AND_DAMPINGS = Load(8, 2)
-"""Beside the matrices of an answer; more where the damping had to be raised."""
+_DAMPING_BYTES = 8
+"""One damping; more where it had to be raised."""
 
 
 def column_squares_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.column_squares`."""
-    return Load(0, 1) + tensor_load((columns,))
+    return Load(4 * columns, 1)
 
 
 def inverse_factor_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.inverse_factor`."""
-    return _SHAPES_AND_DAMPINGS + triangle_load(columns)
+    return Load(_DAMPING_BYTES, 1) + triangle_load(columns)
 
 
 def normalised_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.normalised`."""
-    square = tensor_load((columns, columns))
-    return _SHAPES_AND_DAMPINGS + tensor_load((columns,)) + square + triangle_load(columns)
+    return Load(_DAMPING_BYTES + 4 * columns, 1) + tensor_load((columns, columns)) + triangle_load(columns)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LinearProblem:
 
     def column_squares(self) -> Tensor:
         """Return the squared 2-norm of each input channel, [C] float32."""
-        return self._shared(("column squares",), (broadcast_tensor_,), lambda: (self._statistic(),))[0]
+        return self._shared(("column squares",), (), lambda: (self._statistic(),))[0]
 
     def inverse_factor(self, damping: float) -> Tensor:
         """Return U [C, C], upper triangular with ``H^-1 = U^T U``, ``H = G + damping mean(diag G) I``.
@@ -99,8 +99,7 @@ class LinearProblem:
             gram_CC.diagonal()[dead_C] = torch.inf
             return gram_CC, torch.tensor(tried, dtype=torch.float64)
 
-        ways = (broadcast_upper_, broadcast_tensor_)
-        factor_CC, tried = self._shared(("inverse factor", damping), ways, compute)
+        factor_CC, tried = self._shared(("inverse factor", damping), (broadcast_upper_,), compute)
         self.dampings = tried.tolist()
         return factor_CC
 
@@ -125,11 +124,11 @@ class LinearProblem:
             ladder = [ridge * step for step in LADDER] if ridge > 0 else [0.0, *(step / LADDER[-1] for step in LADDER)]
             tried = self._climb(inverse_, inverse_CC, ladder, mean)
             gram_CC.diagonal().add_(tried[-1] * mean)
-            return norms_C, gram_CC, inverse_CC, torch.tensor(tried, dtype=torch.float64)
+            return gram_CC, inverse_CC, norms_C, torch.tensor(tried, dtype=torch.float64)
 
         # Two divisions in a row, by one norm and by another, are not symmetric to the last bit: the Gram goes whole.
-        ways = (broadcast_tensor_, broadcast_tensor_, broadcast_symmetric_, broadcast_tensor_)
-        norms_C, gram_CC, inverse_CC, tried = self._shared(("normalised", ridge, rho), ways, compute)
+        ways = (broadcast_tensor_, broadcast_symmetric_)
+        gram_CC, inverse_CC, norms_C, tried = self._shared(("normalised", ridge, rho), ways, compute)
         self.dampings = tried.tolist()
         return Normalised(norms_C, gram_CC, inverse_CC)
 
@@ -160,14 +159,21 @@ class LinearProblem:
     def _shared(
         self, key: tuple[object, ...], ways: Sequence[_Broadcast], compute: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """Return the answer of rank 0; ways: how each of its tensors is sent."""
+        """Return the answer of rank 0: a matrix for each of ``ways``, which say how it is sent, and then vectors."""
         if key not in self._answers:
             answer = compute() if self.solvers.rank == 0 else ()
             if self.solvers.size > 1:
-                shapes = broadcast(self.solvers, 0, [(tuple(each.shape), each.dtype) for each in answer])
+                matrices, vectors = answer[: len(ways)], answer[len(ways) :]
+                shapes, arrays = broadcast(
+                    self.solvers,
+                    0,
+                    ([tuple(each.shape) for each in matrices], [each.cpu().numpy() for each in vectors]),
+                )
                 if self.solvers.rank != 0:
-                    answer = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
-                for broadcast_, tensor in zip(ways, answer, strict=True):
-                    broadcast_(self.solvers, 0, tensor)
+                    matrices = tuple(torch.empty(shape, dtype=torch.float32, device=self.device) for shape in shapes)
+                    vectors = tuple(torch.from_numpy(array.copy()).to(self.device) for array in arrays)
+                for broadcast_, matrix in zip(ways, matrices, strict=True):
+                    broadcast_(self.solvers, 0, matrix)
+                answer = (*matrices, *vectors)
             self._answers[key] = answer
         return self._answers[key]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.kernels.products import row_partitions
+from billhook.layerworkers.collective import Rows
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import NM, Pattern
 from billhook.layerworkers.reduction import even_ranges
@@ -39,10 +40,6 @@ def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: 
     """
     selections = 0 if is_local(method, pattern) else method.selections(columns, options)
     return Work(rows, method.flops(rows, columns, options), selections)
-
-
-Rows = tuple[int, int]
-"""Start and stop row; equal where a worker has none."""
 
 
 def share_out(linears: Sequence[Work], workers: int, partition_rows: int) -> list[list[Rows]]:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.collective import Collective, all_gather, gather_rows_, gather_to
+from billhook.layerworkers.collective import Collective, Rows, all_gather, gather_rows_, gather_to
 from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, total
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.sharing import Rows, is_local, share_out, work_of
+from billhook.layerworkers.sharing import is_local, share_out, work_of
 from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 from billhook.layerworkers.triangles import Packed, lower, pack, unpack
@@ -32,7 +32,16 @@ class _Share:
 
     sparse: Tensor
     """In the dtype on disk, on the CPU."""
+    facts: _Facts
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What all workers are told of one worker's rows of a linear."""
+
     removed: int
+    zeros: int
+    """Entries of the solution that are zero."""
     loss: list[float]
     energy: list[float]
     dampings: list[float]
@@ -76,9 +85,7 @@ def solve_group(
             for linear, own in zip(linears, ranges, strict=True)
         ]
         del problem
-    for number, linear in enumerate(linears):
-        share, shares[number] = shares[number], None
-        yield _gather_(linear, weights[linear.disk_name], ranges[number], share, group)
+    yield from _gather_(linears, [weights[linear.disk_name] for linear in linears], ranges, shares, group)
 
 
 def _reduce(
@@ -163,7 +170,7 @@ def _solve_share(
         removed += solution.removed
         loss += solution.loss
         energy += solution.energy
-    return _Share(sparse, removed, loss, energy, problem.dampings)
+    return _Share(sparse, _Facts(removed, _zeros(sparse), loss, energy, problem.dampings))
 
 
 def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: Tensor) -> Tensor:
@@ -178,28 +185,48 @@ def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: T
     return sparse
 
 
+def _zeros(weight: Tensor) -> int:
+    return sum(
+        weight[start:stop].numel() - int(weight[start:stop].count_nonzero()) for start, stop in bands(weight.shape)
+    )
+
+
 def _gather_(
-    linear: LinearTask, weight: Tensor, ranges: Sequence[Rows], share: _Share | None, group: Collective
-) -> LinearReport:
-    """Overwrite the dense weight by the rows of all workers, on all workers."""
-    facts = None if share is None else (share.removed, share.loss, share.energy, share.dampings)
-    gathered = all_gather(group, facts)
-    own = [each for each in gathered if each is not None]
-    removed = sum(each[0] for each in own)
-    if removed:  # else it stays as it is to the last bit, rather than equal up to the rounding of a solve
-        if share is not None:
-            weight[slice(*ranges[group.rank])] = share.sparse
-        gather_rows_(group, ranges, weight)
+    linears: Sequence[LinearTask],
+    weights: Sequence[Tensor],
+    ranges: Sequence[Sequence[Rows]],
+    shares: list[_Share | None],
+    group: Collective,
+) -> list[LinearReport]:
+    """Overwrite the dense weights by the rows of all workers, on all workers; the shares are used up."""
+    gathered = all_gather(group, [None if share is None else share.facts for share in shares])
+    facts = [[each for each in of_linear if each is not None] for of_linear in zip(*gathered, strict=True)]
+    # What nothing is removed from stays as it is to the last bit, rather than equal up to the rounding of a solve.
+    changed = [number for number, own in enumerate(facts) if any(each.removed for each in own)]
+    for number in changed:
+        _place_(weights[number], ranges[number][group.rank], shares[number])
+    shares.clear()
+    gather_rows_(group, [weights[number] for number in changed], [ranges[number] for number in changed])
+    return [_report(*each) for each in zip(linears, weights, facts, strict=True)]
+
+
+def _place_(weight: Tensor, rows: Rows, share: _Share | None) -> None:
+    if share is not None:
+        weight[slice(*rows)] = share.sparse
+
+
+def _report(linear: LinearTask, weight: Tensor, facts: Sequence[_Facts]) -> LinearReport:
     # fsum is exact, so the order of the partitions does not matter.
-    loss = math.fsum(value for each in own for value in each[1])
-    energy = math.fsum(value for each in own for value in each[2])
+    loss = math.fsum(value for own in facts for value in own.loss)
+    removed = sum(own.removed for own in facts)
+    energy = math.fsum(value for own in facts for value in own.energy)
     return LinearReport(
         name=linear.disk_name,
         shape=(weight.shape[0], weight.shape[1]),
         pattern=str(linear.pattern),
         method=linear.method,
         removed=removed,
-        zeros=sum(int((weight[start:stop] == 0).sum()) for start, stop in bands(weight.shape)),
+        zeros=sum(own.zeros for own in facts) if removed else _zeros(weight),
         error=loss / energy if energy else 0.0,
-        dampings=tuple(own[0][3]),
+        dampings=tuple(facts[0].dampings),
     )

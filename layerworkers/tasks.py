@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.source import Source
-
-
-@dataclass(frozen=True)
-class OutputAccess:
-    """The unfinished output, as the driver sees it."""
-
-    folder: str
-    lock: str
-    """File in it that whoever may write there holds a shared lock on."""
-    proof: str
-    """What that file holds: a worker that finds it there sees the output."""
 
 
 @dataclass(frozen=True)

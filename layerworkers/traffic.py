@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from billhook.kernels.select import KEY_BINS
-from billhook.layerworkers.collective import Load, tensor_load
+from billhook.layerworkers.collective import Load, Rows, messages
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
-from billhook.layerworkers.sharing import Rows, share_out, work_of
+from billhook.layerworkers.sharing import share_out, work_of
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,13 @@ def group_traffic(
     works = [work_of(method, pattern, options, matrix.rows, columns) for matrix in matrices]
     ranges = share_out(works, workers, partition_rows)
     solvers = [rank for rank in range(workers) if any(own[rank][0] < own[rank][1] for own in ranges)]
-    traffic = _from_one(method.shared(columns), len(solvers) - 1)
+    traffic = Traffic(0, 0, 1) + _from_one(method.shared(columns), len(solvers) - 1)
     if method.statistic is not None:
         nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
         traffic += _from_one(method.statistic.load(columns), sum(nodes) - nodes[solvers[0]])
-    for matrix, work, own in zip(matrices, works, ranges, strict=True):
+    for work, own in zip(works, ranges, strict=True):
         traffic += _selections(work.selections, sum(start < stop for start, stop in own))
-        traffic += _rows(matrix, own, workers, pattern.sparsity > 0)
-    return traffic
+    return traffic + _rows(matrices, ranges, workers) if pattern.sparsity > 0 else traffic
 
 
 def _from_one(load: Load, copies: int) -> Traffic:
@@ -87,12 +87,16 @@ def _selections(selections: int, owners: int) -> Traffic:
     return Traffic(owners * sent, sent, 2 * selections)
 
 
-def _rows(matrix: Matrix, ranges: Sequence[Rows], workers: int, changed: bool) -> Traffic:
+def _rows(matrices: Sequence[Matrix], ranges: Sequence[Sequence[Rows]], workers: int) -> Traffic:
     """Return the traffic of making all rows known to all workers, all owners at once."""
-    facts = Traffic(0, 0, 1)
-    if not changed:
-        return facts
-    loads = [tensor_load((stop - start, matrix.columns), matrix.item_bytes) for start, stop in ranges]
-    sent = [(workers - 1) * load.size_bytes for load in loads]
-    received = [sum(load.size_bytes for load in loads) - load.size_bytes for load in loads]
-    return facts + Traffic(sum(sent), max(*sent, *received), max(load.exchanges for load in loads))
+    shares = [
+        [
+            ((stop - start, matrix.columns), matrix.item_bytes)
+            for matrix, (start, stop) in zip(matrices, own, strict=True)
+        ]
+        for own in zip(*ranges, strict=True)
+    ]
+    loads = [sum(item_bytes * math.prod(shape) for shape, item_bytes in of_rank) for of_rank in shares]
+    sent = [(workers - 1) * load for load in loads]
+    received = [sum(loads) - load for load in loads]
+    return Traffic(sum(sent), max(*sent, *received), max(len(messages(of_rank)) for of_rank in shares))

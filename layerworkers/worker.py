@@ -15,7 +15,6 @@ from torch.nn import functional
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.collective import Collective, Counted
-from billhook.layerworkers.descriptors import shared_lock
 from billhook.layerworkers.errors import BlockLostError, InputError, RunError
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.methods import METHODS
@@ -66,7 +65,6 @@ class BlockWorker:
         return_large_blocks()
         self._setup, self._group, self._synced = setup, Counted(group, self._count_moved), synced
         self._moved_bytes = 0
-        self._lock = shared_lock(setup.output.lock) if setup.output is not None and files is None else None
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
             torch.set_num_threads(setup.threads)
@@ -75,7 +73,7 @@ class BlockWorker:
         self._skeleton = Skeleton(
             Path(setup.source.folder), getattr(torch, setup.dtype), self._device, setup.trust_remote_code
         )
-        files = files or LocalFiles()
+        files = files or LocalFiles(setup.output)
         self._reader = BlockReader(setup.output.folder if setup.output is not None else "", files)
         self._writer = BlockWriter(files)
         self._samples: list[Sample] = []

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, OutputAccess, Sample
+from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
 from billhook.orchestrator import output as out
 from billhook.orchestrator.calibration import Windows
 from billhook.orchestrator.history import History, read_history

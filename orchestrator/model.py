@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.skeleton import Skeleton
-from billhook.layerworkers.tasks import OutputAccess, WorkerSetup
+from billhook.layerworkers.tasks import WorkerSetup
 from billhook.orchestrator.checkpoint import (
     Checkpoint,
     has_weights,

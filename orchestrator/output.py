@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.files import read_bytes, sync_file, write_bytes
 from billhook.layerworkers.shards import TensorEntry
-from billhook.layerworkers.tasks import OutputAccess
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.journal import FOLDER, journal_path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -294,6 +295,7 @@ def test_a_removed_output_is_not_written_to(llama5: Path, text_file: Path, tmp_p
             output.rename(tmp_path / "gone")
             with out.locked(output):  # somebody begins anew under the same name
                 out.create_shards(output, make_request(llama5, read_options(None, {})[0]).model.checkpoint)
+            time.sleep(2)  # workers go on to the next block, whose shard they have not opened yet
 
     with pytest.raises(RunError, match="was removed or replaced"):
         prune(llama5, output, progress=replace, calibration=str(text_file), **CALIBRATION)
@@ -318,11 +320,11 @@ def test_two_drivers_on_one_output(llama5: Path, text_file: Path, tmp_path: Path
 
 
 def test_workers_of_a_dead_command_are_waited_for(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from billhook.layerworkers.descriptors import shared_lock
     from billhook.layerworkers.errors import RunError
 
     output = shutil.copytree(begun, tmp_path / "out")
-    held = shared_lock(str(output / "billhook" / out.WORKERS_LOCK))
+    held = os.open(output / "billhook" / out.WORKERS_LOCK, os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_SH)
     monkeypatch.setattr(out, "ORPHANS_SECONDS", 0.2)
     with pytest.raises(RunError, match="workers of an earlier command still hold it"):
         resume(output)

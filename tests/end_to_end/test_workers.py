@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import ray
 
 from billhook.cluster import pool
 from billhook.cluster.placement import Share, reserve
+from billhook.cluster.scribe import Scribe
 from billhook.cluster.session import marked_processes
 from billhook.orchestrator import RunError, prune, status
 from billhook.orchestrator import output as out
@@ -162,6 +164,13 @@ def test_workers_are_used_as_soon_as_there_is_room(
     assert contents(output) == contents(alone)
 
 
+def scribe_that_sees(**options: Any) -> Any:
+    """What starts a scribe for the true output, where workers were told of another."""
+    start = Scribe.options(**options).remote  # type: ignore[attr-defined]
+    sees = lambda access: dataclasses.replace(access, proof=Path(access.lock).read_text())  # noqa: E731
+    return SimpleNamespace(remote=lambda access, workers: start(sees(access), workers))
+
+
 def test_workers_that_do_not_see_the_output_write_it_through_the_drivers_node(
     make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +181,7 @@ def test_workers_that_do_not_see_the_output_write_it_through_the_drivers_node(
     options: dict[str, Any] = {"calibration": str(text_file), "keep_inputs": 2, "activations": "disk", **CALIBRATION}
     alone = prune(model, tmp_path / "alone", workers=1, **options).output
     monkeypatch.setattr(out, "begin_access", unseen)
+    monkeypatch.setattr(pool, "Scribe", SimpleNamespace(options=scribe_that_sees))
     steps: list[tuple[str, int]] = []
     hit = once("prune", 3, lambda: os.kill(worker_processes()[0], signal.SIGKILL))
 

@@ -17,6 +17,7 @@ from billhook.layerworkers.collective import (
     broadcast_tensor_,
     gather_rows_,
     gather_to,
+    messages,
 )
 
 
@@ -49,15 +50,27 @@ def test_all_ranks_get_the_rows_of_all_others(
     run_group: Any, band_bytes: int, bounds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", band_bytes)
-    ranges = list(pairwise(bounds))
-    whole = torch.randn(11, 3).bfloat16()
+    dealt = [(0, 0), (0, 0), (0, 5), (5, 5)]
+    ranges = [list(pairwise(bounds)), dealt]
+    whole = [torch.randn(11, 3).bfloat16(), torch.randn(5, 2)]
 
-    def work(group: Any) -> torch.Tensor:
-        start, stop = ranges[group.rank]
-        own = torch.zeros_like(whole)
-        own[start:stop] = whole[start:stop]
-        gather_rows_(group, ranges, own)
+    def work(group: Any) -> list[torch.Tensor]:
+        own = [torch.zeros_like(tensor) for tensor in whole]
+        for tensor, received, of_tensor in zip(whole, own, ranges, strict=True):
+            start, stop = of_tensor[group.rank]
+            received[start:stop] = tensor[start:stop]
+        gather_rows_(group, own, ranges)
         return own
 
     for received in run_group(4, work):
-        assert torch.equal(received, whole)
+        assert all(map(torch.equal, received, whole))
+
+
+def test_small_tensors_travel_together_and_large_ones_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 100)
+    assert messages([((5, 10), 1), ((5, 10), 1), ((0, 10), 1), ((12, 10), 1), ((1, 500), 1)]) == [
+        [(0, 0, 5), (1, 0, 5)],
+        [(3, 0, 10)],
+        [(3, 10, 12)],
+        [(4, 0, 1)],
+    ]
