@@ -1,12 +1,13 @@
-"""The collective of ``layerworkers`` over Ray: a mailbox actor that all workers of a pool meet at.
+"""The collective of ``layerworkers`` over Ray: workers call each other, and each keeps what has come until it asks.
 
-Arrays travel through Ray's object store, straight from the sender's node to the receiver's, in small pieces; the
-mailbox sees their references only.
+Small messages travel inside the call. Large arrays travel through Ray's object store, straight from the sender's node
+to the receiver's, in small pieces, and the call carries their references.
 """
 
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,46 @@ import numpy as np
 import ray
 from torch.utils._pytree import tree_map
 
-from billhook.cluster.mailbox import Envelope
 from billhook.layerworkers.collective import Message
 
 PIECE_BYTES = 16 << 20
 """Largest object that is put into the store."""
 
-INLINE_BYTES = 32 << 10
-"""Arrays up to this size travel inside the message."""
+INLINE_BYTES = 512 << 10
+"""Arrays up to this size travel inside the call."""
+
+ARGUMENT_BYTES = 64 << 10
+"""An argument of a call that is larger than 100 KiB would go through the store; so a message is cut into several."""
+
+LOOK_SECONDS = 2.0
+"""How often one who waits for others looks whether what it sent them has arrived."""
+
+Envelope = tuple[bytes, list[Any]]
+"""A pickled message, empty where there is none, and references to the objects in Ray's store that belong to it."""
+
+Key = tuple[tuple[int, ...], int, int]
+"""Members of a group, number of their exchange, and who sent it."""
+
+
+class Inbox:
+    """What other workers have sent to this one; another thread than that which asks for it puts it there."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._envelopes: dict[Key, Envelope] = {}
+
+    def put(self, key: Key, envelope: Envelope) -> None:
+        """Take in what has come."""
+        with self._changed:
+            self._envelopes[key] = envelope
+            self._changed.notify_all()
+
+    def take(self, keys: Sequence[Key], seconds: float) -> list[Envelope] | None:
+        """Return what has come under all ``keys``, and keep it no longer; None when not all has come in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(key in self._envelopes for key in keys), seconds):
+                return None
+            return [self._envelopes.pop(key) for key in keys]
 
 
 @dataclass(frozen=True)
@@ -39,8 +72,12 @@ class _Parcel:
 class RayCollective:
     """Workers of one pool, or some of them; see :class:`billhook.layerworkers.collective.Collective`."""
 
-    def __init__(self, mailbox: Any, members: Sequence[int], me: int):
-        self._mailbox, self._members, self._me = mailbox, tuple(members), me
+    def __init__(self, actors: Sequence[Any], inbox: Inbox, members: Sequence[int], me: int):
+        """actors: all workers of the pool, with a method ``post(key, references, *body)`` that fills their inbox.
+
+        members: numbers of those that act together, this one's ``me`` among them.
+        """
+        self._actors, self._inbox, self._members, self._me = actors, inbox, tuple(members), me
         self._exchanges = 0
         self._subgroups: dict[tuple[int, ...], RayCollective] = {}
 
@@ -60,30 +97,41 @@ class RayCollective:
         if members == self._members:
             return self
         if members not in self._subgroups:
-            self._subgroups[members] = RayCollective(self._mailbox, members, self._me)
+            self._subgroups[members] = RayCollective(self._actors, self._inbox, members, self._me)
         return self._subgroups[members]
 
     def exchange(self, outgoing: Mapping[int, Message]) -> dict[int, Message]:
-        """Send and receive through the mailbox; see the protocol."""
-        own = {rank: message for rank, message in outgoing.items() if rank == self.rank}
+        """Send to all and wait for all, with or without a message; see the protocol.
+
+        Raises:
+            ray.exceptions.RayError: when another worker cannot be reached.
+        """
+        received = {rank: message for rank, message in outgoing.items() if rank == self.rank}
         if self.size == 1:
-            return own
+            return received
         self._exchanges += 1
-        posted: dict[int, Envelope] = {}
-        by_identity: dict[int, Envelope] = {}  # a message to several ranks is put into the store once
-        for rank, message in outgoing.items():
-            if rank != self.rank:
-                if id(message) not in by_identity:
-                    by_identity[id(message)] = _pack(message)
-                posted[rank] = by_identity[id(message)]
-        key = (self._members, self._exchanges)
-        received = ray.get(self._mailbox.exchange.remote(key, self.rank, self.size, posted))
-        everything = {rank: _unpack(envelope) for rank, envelope in received.items()} | own
-        return dict(sorted(everything.items()))
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        packed: dict[int, Envelope] = {}  # a message to several ranks is put into the store once
+        posts = []
+        for rank in others:
+            envelope: Envelope = (b"", [])
+            if rank in outgoing:
+                message = outgoing[rank]
+                envelope = packed[id(message)] = packed.get(id(message)) or _pack(message)
+            body, references = envelope
+            pieces = [body[start : start + ARGUMENT_BYTES] for start in range(0, len(body), ARGUMENT_BYTES)]
+            key = (self._members, self._exchanges, self._me)
+            posts.append(self._actors[self._members[rank]].post.remote(key, references, *pieces))
+        keys = [(self._members, self._exchanges, self._members[rank]) for rank in others]
+        while (envelopes := self._inbox.take(keys, LOOK_SECONDS)) is None:
+            arrived, posts = ray.wait(posts, num_returns=len(posts), timeout=0) if posts else ([], [])
+            ray.get(arrived)
+        received |= {rank: _unpack(each) for rank, each in zip(others, envelopes, strict=True) if each[0]}
+        return dict(sorted(received.items()))
 
 
 def _pack(message: Message) -> Envelope:
-    """Put the message's large arrays into the store; pickle the rest, so that the mailbox need not understand it."""
+    """Put the message's large arrays into the store, and pickle the rest."""
     references: list[Any] = []
 
     def pack(leaf: Any) -> Any:

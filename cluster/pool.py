@@ -17,8 +17,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from billhook.cluster.exchange import RayCollective
-from billhook.cluster.mailbox import Mailbox
+from billhook.cluster.attendance import Attendance
+from billhook.cluster.exchange import Inbox, Key, RayCollective
 from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.layerworkers.access import OutputAccess
@@ -73,15 +73,23 @@ class Whereabouts:
     sees_output: bool
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"mail": 1})  # type: ignore[call-overload]
 class WorkerActor:
-    """A :class:`BlockWorker` in a process of its own; synchronous, one thread (a greenlet cannot change thread)."""
+    """A :class:`BlockWorker` in a process of its own.
 
-    def __init__(self, setup: WorkerSetup, mailbox: Any, size: int, rank: int):
-        self._setup, self._mailbox, self._rank = setup, mailbox, rank
+    It does its work in one thread (a greenlet cannot change thread) and takes in what others send in another.
+    """
+
+    def __init__(self, setup: WorkerSetup, attendance: Any, rank: int):
+        self._setup, self._attendance, self._rank = setup, attendance, rank
         self._sees_output = _sees(setup.output)
-        self._group = RayCollective(mailbox, range(size), rank)
-        threading.Thread(target=_beat, args=(mailbox, rank), name="heartbeat", daemon=True).start()
+        self._inbox = Inbox()
+        threading.Thread(target=_beat, args=(attendance, rank), name="heartbeat", daemon=True).start()
+
+    @ray.method(concurrency_group="mail")
+    def post(self, key: Key, references: list[Any], *body: bytes) -> None:
+        """Take in what another worker sends; see :class:`RayCollective`."""
+        self._inbox.put(key, (b"".join(body), references))
 
     def whereabouts(self) -> Whereabouts:
         """Return where the actor's process runs, as soon as it does."""
@@ -90,10 +98,10 @@ class WorkerActor:
         address = ray.util.get_node_ip_address()
         return Whereabouts(socket.gethostname(), address, node, os.getpid(), log, self._sees_output)
 
-    def set_up(self, scribe: Any) -> dict[str, str]:
+    def set_up(self, actors: Sequence[Any], scribe: Any) -> dict[str, str]:
         """Build the worker; return what of its machine and libraries decides bits.
 
-        scribe: writes the output for those that do not see it.
+        actors: all workers, by rank. scribe: writes the output for those that do not see it.
         """
         setup, files = self._setup, None
         if not self._sees_output:
@@ -102,7 +110,8 @@ class WorkerActor:
             if setup.scratch.startswith(setup.output.folder):
                 setup = dataclasses.replace(setup, scratch="")
         check_source(setup.source, f"worker {self._rank} on {socket.gethostname()}, {ray.util.get_node_ip_address()}")
-        self._worker = BlockWorker(setup, self._group, self._mailbox.synced.remote, files)
+        group = RayCollective(actors, self._inbox, range(len(actors)), self._rank)
+        self._worker = BlockWorker(setup, group, self._attendance.synced.remote, files)
         return machine_facts(setup.device) | library_versions()
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -118,9 +127,9 @@ def _sees(output: OutputAccess | None) -> bool:
         return False
 
 
-def _beat(mailbox: Any, rank: int) -> None:
+def _beat(attendance: Any, rank: int) -> None:
     while True:
-        mailbox.beat.remote(rank)
+        attendance.beat.remote(rank)
         time.sleep(BEAT_SECONDS)
 
 
@@ -158,9 +167,9 @@ class WorkerPool:
         same = {"max_restarts": 0, "runtime_env": {"env_vars": threads}}
         actor_class: Any = WorkerActor
         self._scribe: Any = None
-        self._mailbox: Any = Mailbox.options(**on_this_node()).remote()  # type: ignore[attr-defined]
+        self._attendance: Any = Attendance.options(**on_this_node()).remote()  # type: ignore[attr-defined]
         self._actors = [
-            actor_class.options(**self._places.options(rank), **same).remote(setup, self._mailbox, self.size, rank)
+            actor_class.options(**self._places.options(rank), **same).remote(setup, self._attendance, rank)
             for rank in range(self.size)
         ]
         try:
@@ -169,7 +178,7 @@ class WorkerPool:
                 assert setup.output is not None
                 scribe_class: Any = Scribe
                 self._scribe = scribe_class.options(**on_this_node()).remote(setup.output, self.size)
-            facts = self._outcome([actor.set_up.remote(self._scribe) for actor in self._actors])
+            facts = self._outcome([actor.set_up.remote(self._actors, self._scribe) for actor in self._actors])
             _check_alike(facts, expected, [self._name(rank) for rank in range(self.size)])
         except GetTimeoutError as error:
             self.close()
@@ -245,7 +254,7 @@ class WorkerPool:
 
         A failure of ``calls``, the next block's, need not be one of this block's writing: that gets a last chance.
         """
-        synced = self._mailbox.all_synced.remote(block, self.size)
+        synced = self._attendance.all_synced.remote(block, self.size)
         pending = list(calls)
         until: float | None = None
         while True:
@@ -297,9 +306,9 @@ class WorkerPool:
             return
         self._asked_at = time.monotonic()
         try:
-            silent = ray.get(self._mailbox.silent.remote(SILENT_SECONDS), timeout=SILENT_SECONDS)
+            silent = ray.get(self._attendance.silent.remote(SILENT_SECONDS), timeout=SILENT_SECONDS)
         except RayError as error:
-            raise BlockLostError(f"the workers' mailbox does not answer: {error}") from error
+            raise BlockLostError(f"nobody tells which workers are alive: {error}") from error
         if silent:
             raise self._lost(silent[0], f"was not heard of for {SILENT_SECONDS:g} s")
 
@@ -340,7 +349,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers; what they hold is lost."""
-        for actor in [*self._actors, self._mailbox, *([self._scribe] if self._scribe is not None else [])]:
+        for actor in [*self._actors, self._attendance, *([self._scribe] if self._scribe is not None else [])]:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
         with contextlib.suppress(RayError, ValueError):

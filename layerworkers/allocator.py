@@ -9,8 +9,9 @@ import ctypes
 import sys
 from typing import Any
 
-MMAP_THRESHOLD_BYTES = 1 << 20
-"""Allocations from this size on are mapped by themselves and unmapped when freed."""
+MMAP_THRESHOLD_BYTES = 4 << 20
+"""Allocations from this size on are mapped by themselves and unmapped when freed: each time the system fills them with
+zeros, which for the activations of small models is time that shows."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 

@@ -25,7 +25,7 @@ from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.recipe import Recipe
 
 RAY_BYTES = 495 << 20
-"""Memory of Ray's own processes on one node, its agents included, and of the mailbox."""
+"""Memory of Ray's own processes on one node, its agents included, and of the actor that counts workers."""
 
 LIBRARY_BYTES = 200 << 20
 """Pages of libraries that the processes of a run share, counted once."""

@@ -7,21 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from billhook.cluster import exchange
-from billhook.cluster.exchange import RayCollective
-from billhook.cluster.mailbox import Mailbox
+from billhook.cluster.exchange import Inbox, RayCollective
 from billhook.layerworkers.collective import all_gather, broadcast, gather_to
 
 
 class Member:
-    def __init__(self, mailbox: Any, rank: int, size: int):
-        self.group = RayCollective(mailbox, range(size), rank)
+    def __init__(self) -> None:
+        self.inbox = Inbox()
 
-    def script(self, piece_bytes: int) -> list[Any]:
-        exchange.PIECE_BYTES = piece_bytes
-        rank = self.group.rank
-        big = np.full((rank + 1, 30_000), rank, dtype=np.float32)  # above the inline limit, of different sizes
+    @ray.method(concurrency_group="mail")
+    def post(self, key: Any, references: list[Any], *body: bytes) -> None:
+        self.inbox.put(key, (b"".join(body), references))
+
+    def script(self, members: list[Any], rank: int, inline_bytes: int, piece_bytes: int) -> list[Any]:
+        exchange.INLINE_BYTES, exchange.PIECE_BYTES = inline_bytes, piece_bytes
+        self.group = RayCollective(members, self.inbox, range(len(members)), rank)
+        big = np.full((rank + 1, 30_000), rank, dtype=np.float32)  # of different sizes, all above an argument's
         gathered = all_gather(self.group, {"rank": rank, "big": big, "small": np.arange(rank)})
         results: list[Any] = [
             [(each["rank"], each["big"].shape, float(each["big"].sum()), each["small"].tolist()) for each in gathered]
@@ -35,12 +39,14 @@ class Member:
         return results
 
 
-@pytest.mark.parametrize("piece_bytes", [50_000, 64 << 20])
-def test_messages_arrive_whole_and_in_rank_order(ray_cluster: None, piece_bytes: int) -> None:
-    mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
-    actor = ray.remote(num_cpus=1)(Member)
-    members = [actor.remote(mailbox, rank, 3) for rank in range(3)]
-    results = ray.get([member.script.remote(piece_bytes) for member in members], timeout=60)
+@pytest.mark.parametrize(("inline_bytes", "piece_bytes"), [(1 << 10, 50_000), (1 << 10, 64 << 20), (1 << 20, 1)])
+def test_messages_arrive_whole_and_in_rank_order(ray_cluster: None, inline_bytes: int, piece_bytes: int) -> None:
+    actor = ray.remote(num_cpus=1, concurrency_groups={"mail": 1})(Member)
+    members = [actor.remote() for rank in range(3)]
+    calls = [each.script.remote(members, rank, inline_bytes, piece_bytes) for rank, each in enumerate(members)]
+    results = ray.get(calls, timeout=60)
+    for member in members:
+        ray.kill(member)
     for rank, result in enumerate(results):
         assert result[0] == [(r, (r + 1, 30_000), 30_000.0 * r * (r + 1), list(range(r))) for r in range(3)]
         assert result[1] == 600_000.0
@@ -49,5 +55,14 @@ def test_messages_arrive_whole_and_in_rank_order(ray_cluster: None, piece_bytes:
             assert result[3] == (0 if rank == 0 else 1, 2, ["from 0", "from 2"])
 
 
-def test_a_group_of_one_needs_no_mailbox() -> None:
-    assert RayCollective(None, [4], 4).exchange({0: "to myself"}) == {0: "to myself"}
+def test_a_group_of_one_needs_nobody() -> None:
+    assert RayCollective([], Inbox(), [4], 4).exchange({0: "to myself"}) == {0: "to myself"}
+
+
+def test_a_worker_that_cannot_be_reached_is_told_of(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "LOOK_SECONDS", 0.1)
+    other = ray.remote(num_cpus=0, concurrency_groups={"mail": 1})(Member).remote()
+    ray.get(other.__ray_ready__.remote())
+    ray.kill(other)
+    with pytest.raises(RayError):
+        RayCollective([None, other], Inbox(), [0, 1], 0).exchange({1: "to nobody"})

@@ -29,7 +29,7 @@ OPTIONS = ("--samples", "18", "--seqlen", "32", "--partition-rows", "32", "--act
 
 ADDRESSES = {name: f"10.99.0.{number}" for number, name in enumerate(("head", "one", "two", "three"), 1)}
 
-ACTORS = ("ray::WorkerActor", "ray::Mailbox", "ray::Scribe")
+ACTORS = ("ray::WorkerActor", "ray::Attendance", "ray::Scribe")
 
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
