@@ -22,6 +22,7 @@ from billhook.cluster.exchange import Inbox, Key, RayCollective
 from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.layerworkers.access import OutputAccess
+from billhook.layerworkers.allocator import large_pages
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.shards import TensorEntry
@@ -164,7 +165,7 @@ class WorkerPool:
             name: str(setup.threads)
             for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         }
-        same = {"max_restarts": 0, "runtime_env": {"env_vars": threads}}
+        same = {"max_restarts": 0, "runtime_env": {"env_vars": threads | large_pages()}}
         actor_class: Any = WorkerActor
         self._scribe: Any = None
         self._attendance: Any = Attendance.options(**on_this_node()).remote()  # type: ignore[attr-defined]
