@@ -162,6 +162,7 @@ def _prune(
             begun = True
             peak = _run(Run(plan, windows, access, target, lock, report, interruption))
             lock.check()
+            report("finish", 0, 1, "reading the output for the hashes of its files")
             _finish(plan, windows, target)
         except BaseException as error:
             refused = isinstance(error, InputError) or not begun

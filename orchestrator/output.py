@@ -13,6 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.files import read_bytes, sync_file, write_bytes
+from billhook.layerworkers.files import READ_THREADS, read_bytes, sync_file, write_bytes
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.journal import FOLDER, journal_path
@@ -292,7 +293,9 @@ def write_manifest(output: Path, content: Mapping[str, Any]) -> str:
     Raises:
         RunError: when the disk fails.
     """
-    files = {path.name: sha256_of(path) for path in sorted(output.iterdir()) if path.is_file()}
+    paths = [path for path in sorted(output.iterdir()) if path.is_file()]
+    with ThreadPoolExecutor(READ_THREADS, "hash") as threads:
+        files = dict(zip((path.name for path in paths), threads.map(sha256_of, paths), strict=True))
     data = json.dumps({**content, "files": files}, indent=1, sort_keys=True, default=_plain) + "\n"
     path = output / FOLDER / MANIFEST
     try:

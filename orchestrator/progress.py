@@ -16,6 +16,7 @@ _LABELS = {
     "prune": "pruning",
     "lost": "lost",
     "copy": "copying",
+    "finish": "finishing",
     "eval": "evaluating",
 }
 
