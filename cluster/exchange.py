@@ -80,6 +80,8 @@ class RayCollective:
         self._actors, self._inbox, self._members, self._me = actors, inbox, tuple(members), me
         self._exchanges = 0
         self._subgroups: dict[tuple[int, ...], RayCollective] = {}
+        self._posts: list[Any] = []
+        """Sent, by this group and its subgroups, and not known to have arrived."""
 
     @property
     def rank(self) -> int:
@@ -98,13 +100,14 @@ class RayCollective:
             return self
         if members not in self._subgroups:
             self._subgroups[members] = RayCollective(self._actors, self._inbox, members, self._me)
+            self._subgroups[members]._posts = self._posts
         return self._subgroups[members]
 
     def exchange(self, outgoing: Mapping[int, Message]) -> dict[int, Message]:
         """Send to all and wait for all, with or without a message; see the protocol.
 
         Raises:
-            ray.exceptions.RayError: when another worker cannot be reached.
+            ray.exceptions.RayError: when another worker could not be reached, now or before.
         """
         received = {rank: message for rank, message in outgoing.items() if rank == self.rank}
         if self.size == 1:
@@ -112,7 +115,6 @@ class RayCollective:
         self._exchanges += 1
         others = [rank for rank in range(self.size) if rank != self.rank]
         packed: dict[int, Envelope] = {}  # a message to several ranks is put into the store once
-        posts = []
         for rank in others:
             envelope: Envelope = (b"", [])
             if rank in outgoing:
@@ -121,13 +123,28 @@ class RayCollective:
             body, references = envelope
             pieces = [body[start : start + ARGUMENT_BYTES] for start in range(0, len(body), ARGUMENT_BYTES)]
             key = (self._members, self._exchanges, self._me)
-            posts.append(self._actors[self._members[rank]].post.remote(key, references, *pieces))
+            self._posts.append(self._actors[self._members[rank]].post.remote(key, references, *pieces))
         keys = [(self._members, self._exchanges, self._members[rank]) for rank in others]
         while (envelopes := self._inbox.take(keys, LOOK_SECONDS)) is None:
-            arrived, posts = ray.wait(posts, num_returns=len(posts), timeout=0) if posts else ([], [])
-            ray.get(arrived)
+            self._look()
         received |= {rank: _unpack(each) for rank, each in zip(others, envelopes, strict=True) if each[0]}
+        self._look()
         return dict(sorted(received.items()))
+
+    def settle(self) -> None:
+        """Wait until all that was sent has arrived.
+
+        Raises:
+            ray.exceptions.RayError: when some of it could not.
+        """
+        posts = list(self._posts)
+        self._posts.clear()
+        ray.get(posts)
+
+    def _look(self) -> None:
+        if self._posts:
+            arrived, self._posts[:] = ray.wait(self._posts, num_returns=len(self._posts), timeout=0)
+            ray.get(arrived)
 
 
 def _pack(message: Message) -> Envelope:

@@ -108,22 +108,25 @@ class WorkerActor:
         if not self._sees_output:
             assert setup.output is not None
             files = RemoteFiles(scribe, self._rank)
-            if setup.scratch.startswith(setup.output.folder):
+            if Path(setup.scratch).is_relative_to(setup.output.folder):
                 setup = dataclasses.replace(setup, scratch="")
         check_source(setup.source, f"worker {self._rank} on {socket.gethostname()}, {ray.util.get_node_ip_address()}")
-        group = RayCollective(actors, self._inbox, range(len(actors)), self._rank)
-        self._worker = BlockWorker(setup, group, self._attendance.synced.remote, files)
+        self._group = RayCollective(actors, self._inbox, range(len(actors)), self._rank)
+        synced = self._attendance.synced
+        self._worker = BlockWorker(setup, self._group, lambda index: ray.get(synced.remote(index)), files)
         return machine_facts(setup.device) | library_versions()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker."""
-        return getattr(self._worker, method)(*arguments)
+        result = getattr(self._worker, method)(*arguments)
+        self._group.settle()  # a message that is lost would be waited for for ever
+        return result
 
 
 def _sees(output: OutputAccess | None) -> bool:
-    """Whether this machine sees the output, if there is any."""
+    """Whether this machine sees the output, if there is any, and may write there."""
     try:
-        return output is None or Path(output.lock).read_text() == output.proof
+        return output is None or (os.access(output.lock, os.W_OK) and Path(output.lock).read_text() == output.proof)
     except OSError:
         return False
 

@@ -168,7 +168,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=False,
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / "r"),  # Ray opens it to everybody: what it lies in stays ours alone
                 _system_config={
                     "enable_worker_prestart": False,
                     "prestart_worker_first_driver": False,

@@ -1,8 +1,7 @@
 """Factorisations of a damped Gram matrix: on a CPU in place, in one [C, C] buffer; elsewhere torch makes copies.
 
 Every function takes a contiguous float32 [C, C] tensor that is symmetric in full, and uses its upper triangle as the
-copy from which a failed attempt is undone. LAPACK reads a row-major array as its transpose, hence ``lower=0`` for what
-torch calls the lower triangle.
+copy from which a failed attempt is undone.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
+from billhook.kernels import lapack
 from billhook.kernels.gram import mirror_lower_
 from billhook.kernels.threads import safe_threads
 
@@ -59,8 +58,7 @@ def cholesky_lower_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
 def _try_cholesky_lower_(a_CC: Tensor) -> bool:
     if a_CC.device.type == "cpu":
         with safe_threads(a_CC.shape[0]):
-            _, info = lapack.spotrf(a_CC.numpy().T, lower=0, clean=0, overwrite_a=1)
-        return bool(info == 0)
+            return lapack.cholesky(a_CC)
     factor_CC, info_device = torch.linalg.cholesky_ex(a_CC)
     a_CC.copy_(factor_CC.tril_() + a_CC.triu(1))
     return bool(info_device.item() == 0)
@@ -89,8 +87,8 @@ def inverse_upper_factor_(h_CC: Tensor, dampings: Sequence[float]) -> list[float
     tried = cholesky_lower_(h_CC, dampings)
     if h_CC.device.type == "cpu":
         with safe_threads(h_CC.shape[0]):
-            _, info = lapack.strtri(h_CC.numpy().T, lower=0, overwrite_c=1)
-        assert info == 0
+            invertible = lapack.invert_triangle(h_CC)
+        assert invertible
     else:
         identity_CC = torch.eye(h_CC.shape[0], device=h_CC.device)
         h_CC.copy_(torch.linalg.solve_triangular(h_CC.tril(), identity_CC, upper=False))
@@ -108,8 +106,8 @@ def inverse_(a_CC: Tensor, dampings: Sequence[float]) -> list[float]:
     tried = cholesky_lower_(a_CC, dampings)
     if a_CC.device.type == "cpu":
         with safe_threads(a_CC.shape[0]):
-            _, info = lapack.spotri(a_CC.numpy().T, lower=0, overwrite_c=1)
-        assert info == 0
+            invertible = lapack.invert_from_cholesky(a_CC)
+        assert invertible
     else:
         a_CC.copy_(torch.cholesky_inverse(a_CC.tril()))
     mirror_lower_(a_CC)

@@ -5,9 +5,9 @@ Legend: T tokens, C input channels of the linear.
 
 from __future__ import annotations
 
-from scipy.linalg import blas
 from torch import Tensor
 
+from billhook.kernels import lapack
 from billhook.kernels.threads import safe_threads
 
 
@@ -28,9 +28,8 @@ def add_gram_(gram_CC: Tensor, x_TC: Tensor) -> None:
     if gram_CC.device.type != "cpu":
         gram_CC.addmm_(x32_TC.T, x32_TC)
         return
-    # A row-major [T, C] array is a column-major [C, T] one, and a row-major lower triangle a column-major upper one.
     with safe_threads(gram_CC.shape[0]):
-        blas.ssyrk(1.0, x32_TC.numpy().T, beta=1.0, c=gram_CC.numpy().T, overwrite_c=1, lower=0)
+        lapack.add_gram(gram_CC, x32_TC)
 
 
 def mirror_lower_(a_CC: Tensor) -> None:

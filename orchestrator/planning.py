@@ -167,13 +167,13 @@ def make_plan(
                 raise
             misfit, within = misfit or str(error), error.smallest
     hidden = work[0].footprint.hidden_bytes
-    alone = resources.address is None
+    room = resources.address is not None and arrangement.workers == most
     connection = _connection(supposed, rates)
     times = _times(job, work, arrangement.workers, rates, connection)
     return Plan(
         request,
         resources,
-        Workers(arrangement.workers, recipe.threads, resources.address, arrangement.workers if alone else wanted),
+        Workers(arrangement.workers, recipe.threads, resources.address, wanted if room else arrangement.workers),
         budgets,
         supposed,
         rates,

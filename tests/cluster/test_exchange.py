@@ -66,3 +66,13 @@ def test_a_worker_that_cannot_be_reached_is_told_of(ray_cluster: None, monkeypat
     ray.kill(other)
     with pytest.raises(RayError):
         RayCollective([None, other], Inbox(), [0, 1], 0).exchange({1: "to nobody"})
+    inbox = Inbox()
+    inbox.put(((0, 1), 1, 1), (b"", []))  # the other's message came before it died
+
+    def both() -> None:
+        group = RayCollective([None, other], inbox, [0, 1], 0)
+        group.exchange({1: "to nobody"})
+        group.settle()
+
+    with pytest.raises(RayError):
+        both()

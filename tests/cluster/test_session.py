@@ -54,6 +54,13 @@ def test_everything_listens_on_the_loopback_interface(ray_cluster: None) -> None
     assert addresses <= loopback
 
 
+def test_nobody_else_reaches_the_sessions_sockets(ray_cluster: None) -> None:
+    """Ray itself opens the folder that it is given to everybody."""
+    assert session._own_folder is not None
+    assert session._own_folder.stat().st_mode & 0o077 == 0
+    assert list(session._own_folder.glob("*/session_*/sockets/*"))
+
+
 def test_a_caller_without_the_token_is_refused(cluster_environment: dict[str, str]) -> None:
     attempt = """
         import os

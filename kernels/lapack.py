@@ -1,0 +1,65 @@
+"""Routines of the BLAS and LAPACK that SciPy brings, in place on tensors, without Python's lock.
+
+SciPy's own wrappers keep the lock for the whole call, which takes minutes for the widest matrices: no other thread of
+the process would run meanwhile. A row-major array is read as its column-major transpose: what LAPACK calls the upper
+triangle is the lower one here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from scipy.linalg import cython_blas, cython_lapack
+from torch import Tensor
+
+_LOWER = ctypes.c_char(b"U")
+_PLAIN = ctypes.c_char(b"N")
+
+
+def cholesky(a_CC: Tensor) -> bool:
+    """Replace the lower triangle by L with ``A = L L^T`` (``spotrf``); False where A is not positive definite."""
+    size, info = ctypes.c_int(len(a_CC)), ctypes.c_int()
+    _routine(cython_lapack, "spotrf")(_at(_LOWER), _at(size), a_CC.data_ptr(), _at(size), _at(info))
+    return info.value == 0
+
+
+def invert_triangle(l_CC: Tensor) -> bool:
+    """Replace the lower triangle by its inverse (``strtri``); False where it has none."""
+    size, info = ctypes.c_int(len(l_CC)), ctypes.c_int()
+    _routine(cython_lapack, "strtri")(_at(_LOWER), _at(_PLAIN), _at(size), l_CC.data_ptr(), _at(size), _at(info))
+    return info.value == 0
+
+
+def invert_from_cholesky(l_CC: Tensor) -> bool:
+    """Replace the lower triangle L by that of ``(L L^T)^-1`` (``spotri``); False where there is no inverse."""
+    size, info = ctypes.c_int(len(l_CC)), ctypes.c_int()
+    _routine(cython_lapack, "spotri")(_at(_LOWER), _at(size), l_CC.data_ptr(), _at(size), _at(info))
+    return info.value == 0
+
+
+def add_gram(gram_CC: Tensor, x_TC: Tensor) -> None:
+    """Add ``X^T X`` to the lower triangle of ``gram_CC`` (``ssyrk``)."""
+    tokens, columns = ctypes.c_int(x_TC.shape[0]), ctypes.c_int(x_TC.shape[1])
+    one = ctypes.c_float(1.0)
+    before = (_at(_LOWER), _at(_PLAIN), _at(columns), _at(tokens), _at(one), x_TC.data_ptr(), _at(columns))
+    _routine(cython_blas, "ssyrk")(*before, _at(one), gram_CC.data_ptr(), _at(columns))
+
+
+def _at(value: Any) -> int:
+    return ctypes.addressof(value)
+
+
+@cache
+def _routine(module: Any, name: str) -> Callable[..., None]:
+    """Return a Fortran routine, all of whose arguments are addresses."""
+    capsule = module.__pyx_capi__[name]
+    signature = ctypes.pythonapi.PyCapsule_GetName
+    signature.restype, signature.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    arguments = [ctypes.c_void_p] * (signature(capsule).count(b",") + 1)
+    routine: Callable[..., None] = ctypes.CFUNCTYPE(None, *arguments)(pointer(capsule, signature(capsule)))
+    return routine
