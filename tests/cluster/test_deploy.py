@@ -118,7 +118,8 @@ def test_the_firewall_covers_every_port_that_the_files_give_to_ray() -> None:
 
 
 def test_the_job_for_kuberay_asks_for_a_token() -> None:
-    claim, policy, job = read("rayjob.yaml")
+    [claim] = read("volume.yaml")
+    policy, job = read("rayjob.yaml")
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -136,12 +137,16 @@ def test_the_commands_in_the_files_have_options_that_exist() -> None:
 
     command: Any = typer.main.get_command(app)
     known = {option for parameter in command.commands["prune"].params for option in parameter.opts}
-    entrypoint = read("rayjob.yaml")[2]["spec"]["entrypoint"]
+    entrypoint = read("rayjob.yaml")[1]["spec"]["entrypoint"]
     [line] = re.findall(r"^billhook prune (.*)", (DEPLOY / "slurm.sh").read_text(), re.MULTILINE)
-    for text in (entrypoint, line):
+    page = (DEPLOY.parents[1] / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    shown = re.findall(r"^ +.*(?:billhook prune|slurm.sh) (MODEL .*)", page, re.MULTILINE)
+    assert len(shown) == 4
+    for text in (entrypoint, line, *shown):
         used = re.findall(r"(?<!\S)(--?[a-z-]+)", text)
         assert used
         assert known.issuperset(used)
+        assert "--calibration" in used or text == line, "the default method needs it"
 
 
 def test_the_slurm_script_is_a_script() -> None:
