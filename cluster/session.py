@@ -80,7 +80,11 @@ def _join(address: str) -> Iterator[None]:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise _no_cluster(address, str(error).splitlines()[0]) from error
+            raise InputError(
+                f"--address {address}: the Ray cluster there answers, but this command cannot join it "
+                f"({' '.join(str(error).split())}); give the command on a machine that 'ray start' has made part of "
+                "the cluster, with the same Python and Ray"
+            ) from error
     try:
         yield
     finally:
@@ -93,6 +97,8 @@ def _check_admission(address: str) -> None:
     Raises:
         InputError: when not.
     """
+    if "://" in address:
+        raise InputError(f"--address {address}: expected HOST:PORT of the head's control store, as HOST:6379")
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import canonicalize_bootstrap_address

@@ -82,6 +82,11 @@ def node_count(start: int, stop: int) -> int:
     return count
 
 
+def most_nodes(partitions: int, workers: int) -> int:
+    """Return the most nodes that any of the workers has, of partitions dealt out by :func:`even_ranges`."""
+    return max(node_count(start, stop) for start, stop in even_ranges(partitions, workers))
+
+
 def even_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:
     """Split the partitions into one consecutive range (start, stop) per worker, sizes differing by at most one."""
     bounds = [partitions * worker // workers for worker in range(workers + 1)]

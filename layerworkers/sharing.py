@@ -14,7 +14,7 @@ from billhook.layerworkers.reduction import even_ranges
 
 FLOPS_PER_SECOND = 5e10
 """Rate of one worker that the choice between the two ways assumes: about that of one CPU core in float32."""
-SECONDS_PER_EXCHANGE = 4e-3
+SECONDS_PER_EXCHANGE = 2e-3
 """Time of one exchange of small messages between workers."""
 
 

@@ -18,7 +18,7 @@ from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
-from billhook.layerworkers.reduction import Node, total
+from billhook.layerworkers.reduction import Node, most_nodes, total
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.sharing import is_local, share_out, work_of
 from billhook.layerworkers.statistics import Statistic
@@ -99,8 +99,8 @@ def _reduce(
 ) -> Tensor | None:
     """Return the statistic over all samples of all workers on ``root``, None elsewhere; the nodes are used up.
 
-    It is sent and summed a band of rows at a time, so that the root never holds another worker's whole sum. Of a
-    matrix the lower triangle is sent, and only that part of the result is meant.
+    It is sent and summed a band of rows of all nodes at a time, so that the root never holds another worker's whole
+    sums. Of a matrix the lower triangle is sent, and only that part of the result is meant.
     """
     if group.size == 1:
         summed = total(nodes, partitions)
@@ -110,7 +110,7 @@ def _reduce(
     # The root's first sum is overwritten band by band, as each is consumed.
     reusable = next((node.total for node in nodes if isinstance(node.total, Tensor)), None)
     reduced = torch.empty(shape, dtype=torch.float32, device=device) if reusable is None else reusable
-    for start, stop in bands(shape):
+    for start, stop in bands(shape, 4 * most_nodes(partitions, group.size)):
         message = [
             (node.level, node.index, _packed(_band(node, start, stop), start), node.partitions) for node in nodes
         ]

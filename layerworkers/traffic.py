@@ -13,6 +13,7 @@ from billhook.layerworkers.collective import Load, Rows, messages
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
+from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.sharing import share_out, work_of
 
 
@@ -68,7 +69,9 @@ def group_traffic(
     traffic = Traffic(0, 0, 1) + _from_one(method.shared(columns), len(solvers) - 1)
     if method.statistic is not None:
         nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
-        traffic += _from_one(method.statistic.load(columns), sum(nodes) - nodes[solvers[0]])
+        size_bytes = (sum(nodes) - nodes[solvers[0]]) * method.statistic.load(columns).size_bytes
+        rounds = sum(1 for _ in bands(method.statistic.shape(columns), 4 * max(nodes)))
+        traffic += Traffic(size_bytes, size_bytes, rounds)
     for work, own in zip(works, ranges, strict=True):
         traffic += _selections(work.selections, sum(start < stop for start, stop in own))
     return traffic + _rows(matrices, ranges, workers) if pattern.sparsity > 0 else traffic

@@ -29,7 +29,7 @@ from billhook.orchestrator.workers import PATIENCE_SECONDS, Progress, ray_for, r
 if TYPE_CHECKING:
     from billhook.cluster.memory import PeakMemory
     from billhook.cluster.placement import Reservation
-    from billhook.cluster.pool import WorkerPool
+    from billhook.cluster.pool import Whereabouts, WorkerPool
 
 TRIES = 3
 """So often a block is tried with new workers before the run gives up."""
@@ -117,6 +117,8 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
         run.interruption.polled(),
     ):
         nodes = [where.address for where in pool.whereabouts]
+        if plan.resources.address is not None:
+            run.report("start", 0, 1, _who(pool.whereabouts, run.plan.workers.count))
         _event(run.output, {"event": "workers", "from_block": len(history.blocks), "nodes": nodes})
         samples = deal_samples(plan, run.windows)
         pool.start(model.layout.stem, samples)
@@ -142,6 +144,14 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
             _event(run.output, {"event": "block", "index": done.index, **timed})
             run.report("prune", done.index + 1, run.blocks, _describe(done))
         return {"vram": pool.peak_vram_bytes(), "ram": 0, "disk": pool.scratch_bytes() + kept_bytes}
+
+
+def _who(workers: Sequence[Whereabouts], asked: int) -> str:
+    """Say how many workers there are of those that were asked for, where, and who does not see the output."""
+    counts = Counter(where.address for where in workers)
+    unseen = sorted({where.address for where in workers if not where.sees_output})
+    told = f"{len(workers)} of {asked} worker(s): {', '.join(f'{n} on {address}' for address, n in counts.items())}"
+    return told + (f"; {', '.join(unseen)} cannot write to the output: this machine does it for them" if unseen else "")
 
 
 def _carry_on(run: Run, plan: Plan, pool: WorkerPool, samples: list[list[Sample]], history: History) -> None:

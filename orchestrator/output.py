@@ -119,7 +119,11 @@ def locked(output: Path) -> Iterator[Lock]:
                     f"-o {output}: its file system has no locks ({error.strerror}); choose another"
                 ) from error
             if not got:
-                raise InputError(f"-o {output}: another billhook is writing to it; wait for it, or choose another")
+                who = " (process {pid} on {host})".format_map({"pid": "?", "host": "?", **holder_of(output)})
+                raise InputError(
+                    f"-o {output}: another billhook is writing to it{who}; wait for it, or choose another. A lock of a "
+                    "machine that died ends with its lease on the file server, in a minute or two"
+                )
             lock = Lock(private / LOCK, descriptor)
             if not lock.in_place:  # whoever held it has removed it
                 continue

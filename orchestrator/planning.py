@@ -149,7 +149,10 @@ def make_plan(
         device = DEVICES[supposed.device]
         budgets, rates, per_node = _budgets_of(device, resources), device.rates, 1
     else:
-        check_gpus(most, opened.device, resources.address)
+        if supposed.bandwidth_bytes is None:
+            check_gpus(most, opened.device, resources.address)
+        else:
+            per_node = 1
         budgets = resolve_budgets(
             resources.vram, resources.ram, resources.disk, opened.device, output, resources.scratch
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def test_two_nodes_and_then_one_make_the_same_bytes(
         assert process.stdout is not None
         document = process.stdout.read()
     assert process.returncode == 0, "".join(lines)
+    assert any(re.search(r": 2 of \d+ worker\(s\): 2 on ", line) for line in lines), "both on this machine's address"
     assert json.loads(document)["output"] == str(output), "and nothing else is on standard output"
     events = map(json.loads, (output / "billhook/events.jsonl").read_text().splitlines())
     assert [len(event["nodes"]) for event in events if event["event"] == "workers"] == [2, 1]

@@ -272,7 +272,7 @@ def test_the_source_is_never_the_output(llama: Path, tmp_path: Path, inside: str
 def test_a_second_driver_on_the_same_output_is_refused(llama: Path, tmp_path: Path) -> None:
     from billhook.orchestrator.output import locked
 
-    with locked(tmp_path / "out"), pytest.raises(InputError, match="another billhook is writing"):
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="another billhook is writing to it"):
         prune(llama, tmp_path / "out", method="magnitude")
 
 
