@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_is_said_with_figures_and_the_run_goes_on_once_ther
     script = f"""
         mkdir disk && mount -t tmpfs -o size=4g none disk
         (until ls disk/out/*.part; do sleep 0.1; done; mount -o remount,size={size_kib // 2}k disk) > log 2>&1 &
-        {shlex.join(command)}; echo $?; ls disk/out
+        {shlex.join(command)}; echo $?; ls disk/out; kill $! 2> /dev/null
         mount -o remount,size=4g disk
         {shlex.join(command)}; echo $?; cp -r disk/out .
     """
