@@ -72,9 +72,10 @@ def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
-    llama: Path, text_file: Path, tmp_path: Path
+    make_model: Any, text_file: Path, tmp_path: Path
 ) -> None:
     """One pool for each number of workers, which does one recipe after the other."""
+    llama = make_model(num_hidden_layers=2)
     recipes = list(itertools.product(["wanda", "sparsegpt", "admm"], ["unstructured", "2:4"]))
     written: dict[int, dict[str, bytes]] = {}
     for workers in (1, 2, 3, 4):
