@@ -26,7 +26,7 @@ from billhook.orchestrator.block_loop import deal_samples, sparsity_of
 from billhook.orchestrator.calibration import calibration_windows
 from billhook.orchestrator.journal import read_journal
 from billhook.orchestrator.model import open_model
-from billhook.orchestrator.planning import make_plan
+from billhook.orchestrator.planning import make_plan, with_workers
 from billhook.orchestrator.recipe import read_options
 from billhook.orchestrator.request import make_request
 
@@ -76,28 +76,29 @@ def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
 ) -> None:
     """One pool for each number of workers, which does one recipe after the other."""
     llama = make_model(num_hidden_layers=2)
-    recipes = list(itertools.product(["wanda", "sparsegpt", "admm"], ["unstructured", "2:4"]))
-    written: dict[int, dict[str, bytes]] = {}
+    plans, written = {}, dict[int, dict[str, bytes]]()
+    for method, pattern in itertools.product(["wanda", "sparsegpt", "admm"], ["unstructured", "2:4"]):
+        options: Any = {"method": method, "pattern": pattern, "calibration": str(text_file), **CALIBRATION}
+        recipe, resources = read_options(None, {**options, "workers": 1})
+        plans[method, pattern] = make_plan(make_request(llama, recipe), resources)
+    model = plans["wanda", "2:4"].request.model
+    windows = calibration_windows(plans["wanda", "2:4"].request.recipe, llama, model.config)
     for workers in (1, 2, 3, 4):
         written[workers] = {}
         places = reserve(workers, workers, Share(1, 0), 60.0)
         setup = open_model(llama, "cpu", "auto", False).worker_setup(1)
         with pool.WorkerPool(setup, places) as running:
-            for method, pattern in recipes:
+            for (method, pattern), alone in plans.items():
+                plan = with_workers(alone, workers)
                 output = tmp_path / f"{workers}-{method}-{pattern}"
-                options: Any = {"method": method, "pattern": pattern, "calibration": str(text_file), **CALIBRATION}
-                recipe, resources = read_options(None, {**options, "workers": workers})
-                plan = make_plan(make_request(llama, recipe), resources)
-                model = plan.request.model
                 output.mkdir()
                 out.create_shards(output, model.checkpoint)
-                windows = calibration_windows(plan.request.recipe, llama, model.config)
                 running.start(model.layout.stem, deal_samples(plan, windows))
                 done = list(running.prune_blocks(plan.task(block.index, output) for block in model.layout.blocks))
                 assert sparsity_of(done[0].linears) == pytest.approx(0.5, abs=0.01)
                 for shard in output.glob("*.part"):
                     written[workers][f"{method} {pattern} {shard.name}"] = shard.read_bytes()
-    assert len(written[1]) == len(recipes) * len(list(llama.glob("*.safetensors")))
+    assert len(written[1]) == len(plans) * len(list(llama.glob("*.safetensors")))
     assert written[1] == written[2] == written[3] == written[4]
 
 
