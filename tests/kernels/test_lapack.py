@@ -57,3 +57,9 @@ def test_other_threads_go_on_meanwhile() -> None:
     done.set()
     thread.join()
     assert sum(begin < at < begin + took for at in beats) > 10
+
+
+@pytest.mark.parametrize("matrix", [torch.eye(3).double(), torch.eye(6)[::2, ::2]], ids=["double", "with gaps"])
+def test_what_would_be_read_wrongly_is_not_read(matrix: torch.Tensor) -> None:
+    with pytest.raises(AssertionError):
+        lapack.cholesky(matrix)
