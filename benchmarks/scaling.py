@@ -99,6 +99,10 @@ def run(model: Path, output: Path, **options: Any) -> dict[str, Any]:
         "measured_seconds": round(seconds, 3),
         "measured_over_predicted": round(seconds / predicted.seconds, 2),
         "predicted_parts": {name: round(part, 3) for name, part in predicted.parts.items()},
+        "measured_parts": {
+            name: round(statistics.median(block["parts_seconds"][name] for block in blocks), 3)
+            for name in blocks[0]["parts_seconds"]
+        },
         "predicted_moved_bytes": predicted.moved_bytes,
         "measured_moved_bytes": statistics.median(block["moved_bytes"] for block in blocks),
         "busy": busy,

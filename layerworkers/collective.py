@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from billhook.layerworkers import scratch
 from billhook.layerworkers.scratch import bands
+from billhook.layerworkers.stopwatch import Stopwatch
 
 Message = Any
 """Nested tuples, lists and dicts of plain values and numpy arrays. Received arrays are read-only."""
@@ -62,15 +63,15 @@ class Alone:
 
 
 class Counted:
-    """A group that tells how many bytes this worker moves to others, itself and through its subgroups.
+    """A group that tells how many bytes this worker moves to others, itself and through its subgroups, and how long.
 
     The bytes are those of the arrays in messages to other ranks; an array that is sent to several counts once for
     each. The few numbers and names beside the arrays, and what carries the messages, are not counted.
     """
 
-    def __init__(self, group: Collective, count: Callable[[int], None]):
+    def __init__(self, group: Collective, count: Callable[[int], None], watch: Stopwatch):
         """count: called with the bytes moved in each exchange."""
-        self._group, self._count = group, count
+        self._group, self._count, self._watch = group, count, watch
 
     @property
     def rank(self) -> int:
@@ -85,11 +86,12 @@ class Counted:
     def exchange(self, outgoing: Mapping[int, Message]) -> dict[int, Message]:
         """Exchange as the group does, and count."""
         self._count(sum(_array_bytes(message) for rank, message in outgoing.items() if rank != self.rank))
-        return self._group.exchange(outgoing)
+        with self._watch.part("moving"):
+            return self._group.exchange(outgoing)
 
     def subgroup(self, ranks: Sequence[int]) -> Counted:
         """Return the subgroup, counted together with this group."""
-        return Counted(self._group.subgroup(ranks), self._count)
+        return Counted(self._group.subgroup(ranks), self._count, self._watch)
 
 
 def _array_bytes(message: Message) -> int:

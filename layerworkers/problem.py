@@ -15,6 +15,7 @@ from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_
 from billhook.kernels.gram import mirror_lower_
 from billhook.layerworkers.collective import Collective, Load, broadcast, broadcast_tensor_, tensor_load
 from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, triangle_load
 
 _Broadcast = Callable[[Collective, int, Tensor], None]
@@ -71,6 +72,7 @@ class LinearProblem:
     """Rows of a linear in one matrix product: a constant of the recipe, since it decides bits."""
     solvers: Collective
     device: torch.device
+    watch: Stopwatch = field(default_factory=Stopwatch)
     dampings: list[float] = field(default_factory=list)
     """Relative dampings tried until the factorisation succeeded; one entry where the first did."""
     _answers: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
@@ -161,7 +163,8 @@ class LinearProblem:
     ) -> tuple[Tensor, ...]:
         """Return the answer of rank 0: a matrix for each of ``ways``, which say how it is sent, and then vectors."""
         if key not in self._answers:
-            answer = compute() if self.solvers.rank == 0 else ()
+            with self.watch.part("factors"):
+                answer = compute() if self.solvers.rank == 0 else ()
             if self.solvers.size > 1:
                 matrices, vectors = answer[: len(ways)], answer[len(ways) :]
                 shapes, arrays = broadcast(

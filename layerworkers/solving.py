@@ -22,6 +22,7 @@ from billhook.layerworkers.reduction import Node, most_nodes, total
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.sharing import is_local, share_out, work_of
 from billhook.layerworkers.statistics import Statistic
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 from billhook.layerworkers.triangles import Packed, lower, pack, unpack
 
@@ -54,6 +55,7 @@ def solve_group(
     task: BlockTask,
     group: Collective,
     device: torch.device,
+    watch: Stopwatch,
 ) -> Iterator[LinearReport]:
     """Prune linears that share one input; collective over ``group``.
 
@@ -75,10 +77,11 @@ def solve_group(
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
     if method.statistic is not None:
-        reduced = _reduce(method.statistic, columns, nodes, task.partitions, group, solvers[0], device)
+        with watch.part("statistics"):
+            reduced = _reduce(method.statistic, columns, nodes, task.partitions, group, solvers[0], device)
     shares: list[_Share | None] = [None] * len(linears)
     if group.rank in solvers:
-        problem = LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device)
+        problem = LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device, watch)
         del reduced
         shares = [
             _solve_share(linear, weights[linear.disk_name], own, group, problem)

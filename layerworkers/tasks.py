@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from billhook.layerworkers.access import OutputAccess
@@ -137,8 +138,8 @@ class BlockReport:
     """Seconds since the epoch."""
     seconds: float = 0.0
     """Of the slowest worker, from the call to the last result; writing may go on."""
-    waited_seconds: float = 0.0
-    """Part of it in which that worker waited for a disk."""
+    parts_seconds: Mapping[str, float] = field(default_factory=dict)
+    """What that worker spent them on: see :mod:`billhook.layerworkers.stopwatch`."""
     moved_bytes: int = 0
     """What the workers moved to each other, all together: see :class:`billhook.layerworkers.collective.Counted`."""
 

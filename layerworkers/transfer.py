@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -26,8 +25,6 @@ class BlockReader:
         self._output, self._files = output, files
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[str, Future[Tensor]] = {}
-        self.waited_seconds = 0.0
-        """Spent in :meth:`read`."""
 
     def begin(self, tensors: Sequence[ModuleTensor], after: Future[None] | None = None) -> None:
         """Begin to read ``tensors``, in a thread, once ``after`` is done, successful or not."""
@@ -43,12 +40,8 @@ class BlockReader:
             InputError: when it holds NaN or infinity.
             RunError: when the disk fails.
         """
-        begin = time.monotonic()
-        try:
-            ahead = self._ahead.pop(entry.name, None)
-            return read_finite(entry, self.bytes_of) if ahead is None else ahead.result()
-        finally:
-            self.waited_seconds += time.monotonic() - begin
+        ahead = self._ahead.pop(entry.name, None)
+        return read_finite(entry, self.bytes_of) if ahead is None else ahead.result()
 
     def bytes_of(self, path: str, start_bytes: int, size_bytes: int) -> Tensor:
         """Return a byte range as uint8, of the source or of the output."""
@@ -68,8 +61,6 @@ class BlockWriter:
         self.written: Future[None] | None = None
         """Done when the data that :meth:`sync` was last called for is not needed any more."""
         self._syncing: Future[None] | None = None
-        self.waited_seconds = 0.0
-        """Spent in :meth:`wait`."""
 
     def write(self, output: str, entry: TensorEntry, data: Tensor | None) -> None:
         """Write ``data``, or where it is None the tensor as it is on disk, to its place in the output."""
@@ -122,10 +113,8 @@ class BlockWriter:
 
     def wait_written(self) -> None:
         """Wait until the data that :meth:`sync` was last called for is not needed any more."""
-        begin = time.monotonic()
         if self.written is not None:
             self.written.result()
-        self.waited_seconds += time.monotonic() - begin
 
     def wait(self) -> None:
         """Wait until everything is on the disk that :meth:`sync` was called for.
@@ -133,11 +122,9 @@ class BlockWriter:
         Raises:
             RunError: when a write or sync failed.
         """
-        begin = time.monotonic()
         if self._syncing is not None:
             self._syncing.result()
             self._syncing = None
-        self.waited_seconds += time.monotonic() - begin
 
 
 def read_finite(entry: TensorEntry, read: Read) -> Tensor:

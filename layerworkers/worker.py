@@ -25,6 +25,7 @@ from billhook.layerworkers.shards import TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Arguments, Skeleton, same_arguments
 from billhook.layerworkers.solving import solve_group
 from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
@@ -63,7 +64,9 @@ class BlockWorker:
         files: how it reads and writes the output; None: its machine sees it.
         """
         return_large_blocks()
-        self._setup, self._group, self._synced = setup, Counted(group, self._count_moved), synced
+        self._setup, self._synced = setup, synced
+        self._watch = Stopwatch()
+        self._group = Counted(group, self._count_moved, self._watch)
         self._moved_bytes = 0
         self._device = torch.device(setup.device)
         if self._device.type == "cpu":
@@ -126,10 +129,12 @@ class BlockWorker:
             InputError: when a weight is NaN or infinite: the tensor is named.
             RunError: when a solve or the disk fails.
         """
-        began, begin, waited = time.time(), time.monotonic(), self._waited_seconds()
+        began, begin = time.time(), time.monotonic()
         self._moved_bytes = 0
+        self._watch.read()
         if not task.placement.read_ahead:
-            self._writer.wait_written()  # there is no room for the last block beside this one
+            with self._watch.part("files"):
+                self._writer.wait_written()  # there is no room for the last block beside this one
         disk = self._load(task.tensors)
         if task.placement.read_ahead:
             self._reader.begin(task.next_tensors, self._writer.written)
@@ -148,19 +153,21 @@ class BlockWorker:
 
         def solve(group: Group, nodes: list[Node]) -> None:
             tasks = [linears[name] for name in group]
-            for report in solve_group(tasks, disk, nodes, task, self._group, self._device):
-                reports[report.name] = report
-                self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
-                if report.name in own:
-                    self._writer.write(task.output, entries[report.name].entry, disk[report.name])
+            with self._watch.part("solving"):
+                for report in solve_group(tasks, disk, nodes, task, self._group, self._device, self._watch):
+                    reports[report.name] = report
+                    self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
+                    if report.name in own:
+                        self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
         fit = self._fit_in_lockstep if task.fit == "lockstep" else self._fit_to_dense_block
         fit(task, groups, linears, solve)
         self._check_hidden(task.index)
-        if task.keep is not None:
-            for sample, hidden in zip(self._samples, self._hidden, strict=True):
-                self._writer.write_row(task.keep, sample.index, hidden)
-        self._writer.sync(lambda: self._synced(task.index))
+        with self._watch.part("files"):
+            if task.keep is not None:
+                for sample, hidden in zip(self._samples, self._hidden, strict=True):
+                    self._writer.write_row(task.keep, sample.index, hidden)
+            self._writer.sync(lambda: self._synced(task.index))
         disk.clear()
         self._drop_block(task.index)
         return BlockReport(
@@ -168,7 +175,7 @@ class BlockWorker:
             tuple(reports[linear.disk_name] for linear in task.linears),
             began,
             time.monotonic() - begin,
-            self._waited_seconds() - waited,
+            self._watch.read(),
             self._moved_bytes,
         )
 
@@ -183,7 +190,8 @@ class BlockWorker:
             accumulator = self._accumulator(task, linears[group[0]])
             for position, x in arriving:
                 if accumulator is not None:
-                    accumulator.add(self._samples[position].index, x)
+                    with self._watch.part("statistics"):
+                        accumulator.add(self._samples[position].index, x)
             solve(group, accumulator.nodes() if accumulator is not None else [])
 
         run_lockstep(
@@ -217,7 +225,8 @@ class BlockWorker:
             def on_input(
                 position: int, group: Group, x: Tensor, sums: Mapping[Group, Accumulator] = accumulators
             ) -> None:
-                sums[group].add(self._samples[position].index, x)
+                with self._watch.part("statistics"):
+                    sums[group].add(self._samples[position].index, x)
 
             run_observed(block, list(accumulators), self._hidden, arguments, on_input)
             for group, accumulator in accumulators.items():
@@ -285,7 +294,8 @@ class BlockWorker:
         """Read the block's tensors into the module; return them as on disk, by name."""
         disk: dict[str, Tensor] = {}
         for tensor in tensors:
-            disk[tensor.entry.name] = self._reader.read(tensor.entry)
+            with self._watch.part("files"):
+                disk[tensor.entry.name] = self._reader.read(tensor.entry)
             self._skeleton.set_parameter(tensor.module_name, disk[tensor.entry.name])
         return disk
 
@@ -309,9 +319,6 @@ class BlockWorker:
 
     def _count_moved(self, size_bytes: int) -> None:
         self._moved_bytes += size_bytes
-
-    def _waited_seconds(self) -> float:
-        return self._reader.waited_seconds + self._writer.waited_seconds
 
     def _check_hidden(self, index: int) -> None:
         for sample, hidden in zip(self._samples, self._hidden, strict=True):

@@ -137,7 +137,7 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
             timed = {
                 "began": done.began,
                 "seconds": done.seconds,
-                "waited_seconds": done.waited_seconds,
+                "parts_seconds": dict(done.parts_seconds),
                 "moved_bytes": done.moved_bytes,
                 "ram": memory.peak_bytes,
             }

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from billhook.layerworkers.collective import Alone
+from billhook.layerworkers.stopwatch import PARTS
 from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, PruneResult, evaluate, inspect, plan, prune, verify
@@ -46,7 +47,11 @@ def test_the_bytes_that_each_block_moves_are_those_planned(
     made = plan(llama, **options, **CALIBRATION)
     output = prune(llama, tmp_path / "out", **options, **CALIBRATION).output
     events = [json.loads(line) for line in (output / "billhook" / "events.jsonl").read_text().splitlines()]
-    measured = [event["moved_bytes"] for event in events if event["event"] == "block"]
+    blocks = [event for event in events if event["event"] == "block"]
+    for block in blocks:
+        assert set(block["parts_seconds"]) == set(PARTS)
+        assert sum(block["parts_seconds"].values()) == pytest.approx(block["seconds"], rel=0.02)
+    measured = [block["moved_bytes"] for block in blocks]
     planned = [time.moved_bytes for time in made.times]
     assert measured == pytest.approx(planned, rel=0.05)
     assert sum(planned) == estimate(made).moved_bytes > 0

@@ -19,6 +19,7 @@ from billhook.layerworkers.collective import (
     gather_to,
     messages,
 )
+from billhook.layerworkers.stopwatch import Stopwatch
 
 
 def test_arrays_to_others_count_once_for_each_receiver(run_group: Any) -> None:
@@ -26,7 +27,7 @@ def test_arrays_to_others_count_once_for_each_receiver(run_group: Any) -> None:
 
     def work(group: Any) -> list[int]:
         counts: list[int] = []
-        counted = Counted(group, counts.append)
+        counted = Counted(group, counts.append, Stopwatch())
         all_gather(counted, {"numbers": [array, array[:5]], "name": "not counted"})
         broadcast(counted, 1, array if counted.rank == 1 else None)
         gather_to(counted, 2, (1, array))
@@ -40,7 +41,7 @@ def test_arrays_to_others_count_once_for_each_receiver(run_group: Any) -> None:
 def test_what_goes_to_oneself_does_not_count() -> None:
     counts: list[int] = []
     array = np.zeros(3)
-    assert all_gather(Counted(Alone(), counts.append), array) == [array]
+    assert all_gather(Counted(Alone(), counts.append, Stopwatch()), array) == [array]
     assert counts == [0]
 
 

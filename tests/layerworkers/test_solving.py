@@ -19,6 +19,7 @@ from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.solving import solve_group
 from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 
 SAMPLES = 22  # six partitions of four, the last one short
@@ -59,7 +60,7 @@ def solved(
             accumulator.add(number, x)
         nodes = accumulator.nodes(park=parking is not None)
     own = {name: weight.clone() for name, weight in weights.items()}
-    reports = solve_group(task.linears, own, nodes, task, group, torch.device("cpu"))
+    reports = solve_group(task.linears, own, nodes, task, group, torch.device("cpu"), Stopwatch())
     return [Solved(own[report.name], report) for report in reports]
 
 
@@ -176,7 +177,7 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
         nodes = accumulator.nodes()
         sums[group.rank] = [weakref.ref(node.total) for node in nodes]
         own = {name: weight.clone() for name, weight in weights.items()}
-        list(solving.solve_group(task.linears, own, nodes, task, group, torch.device("cpu")))
+        list(solving.solve_group(task.linears, own, nodes, task, group, torch.device("cpu"), Stopwatch()))
 
     run_group(2, work)
     assert alive

@@ -14,6 +14,7 @@ from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import Node, even_ranges, fold, node_count
 from billhook.layerworkers.solving import solve_group
 from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearTask
 from billhook.layerworkers.traffic import Matrix, group_traffic
 
@@ -39,7 +40,9 @@ def moved(run_group: Any, workers: int, method: str, pattern: Pattern) -> list[l
                 accumulator.add(number, inputs[number])
             nodes = accumulator.nodes()
         own = {name: weight.clone() for name, weight in weights.items()}
-        list(solve_group(linears, own, nodes, task, Counted(group, counts.append), torch.device("cpu")))
+        watch = Stopwatch()
+        counted = Counted(group, counts.append, watch)
+        list(solve_group(linears, own, nodes, task, counted, torch.device("cpu"), watch))
         return counts
 
     result: list[list[int]] = run_group(workers, work)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from billhook.layerworkers.collective import Counted
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, lower, pack, unpack, upper
 
 
@@ -36,7 +37,7 @@ def test_a_broadcast_gives_everyone_the_roots_bits(
     def work(group: Any) -> torch.Tensor:
         own = a.clone() if group.rank == 1 else torch.full_like(a, torch.nan)
         send = broadcast_upper_ if kind == "upper" else broadcast_symmetric_
-        send(Counted(group, counts.append), 1, own)
+        send(Counted(group, counts.append, Stopwatch()), 1, own)
         return own
 
     for received in run_group(3, work):
