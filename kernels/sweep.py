@@ -5,14 +5,18 @@ error ``e = w_j / U_jj``; w_j becomes 0, and ``e U_jt`` is subtracted from its c
 returned, since the columns right of the block are updated with them in one product. A channel that weighs nothing has
 U_jj infinite: its error is 0.
 
-Each function exists as a reference, which reads like the formula, and as a compiled loop over rows for the CPU, where
-torch would spend its time launching B dependent steps. Rows are independent given the mask.
+Each function exists as a reference, which reads like the formula, and as one kernel, where torch would spend its time
+launching B dependent steps: a compiled loop for the CPU, and Triton's for a GPU. Rows are independent given the mask.
+The loop takes them a tile at a time, transposed; every update is made in the order of the columns, so neither tiles
+nor passes change a bit.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,61 +59,92 @@ def sweep_groups_reference(w_RB: Tensor, u_BB: Tensor, keep: int, group: int) ->
 
 
 def sweep_masked(w_RB: Tensor, u_BB: Tensor, prune_RB: Tensor) -> Tensor:
-    """Do what :func:`sweep_masked_reference` does, by a compiled loop where the tensors are on the CPU."""
-    if w_RB.device.type != "cpu":
+    """Do what :func:`sweep_masked_reference` does, in one kernel where there is one for the tensors' device."""
+    if not _has_kernel(w_RB.device):
         return sweep_masked_reference(w_RB, u_BB, prune_RB)
-    w = w_RB.contiguous()
-    error_RB = torch.zeros_like(w)
-    compiled(_masked_loop)(w.numpy(), u_BB.contiguous().numpy(), prune_RB.contiguous().numpy(), error_RB.numpy())
-    w_RB.copy_(w)
-    return error_RB
+    return _sweep(w_RB, u_BB, prune_RB, 0, w_RB.shape[1])
 
 
 def sweep_groups(w_RB: Tensor, u_BB: Tensor, keep: int, group: int) -> Tensor:
-    """Do what :func:`sweep_groups_reference` does, by a compiled loop where the tensors are on the CPU."""
-    if w_RB.device.type != "cpu":
+    """Do what :func:`sweep_groups_reference` does, in one kernel where there is one for the tensors' device."""
+    if not _has_kernel(w_RB.device):
         return sweep_groups_reference(w_RB, u_BB, keep, group)
-    w = w_RB.contiguous()
-    error_RB = torch.zeros_like(w)
-    chosen = torch.zeros(group, dtype=torch.bool)
-    compiled(_groups_loop)(w.numpy(), u_BB.contiguous().numpy(), keep, chosen.numpy(), error_RB.numpy())
+    return _sweep(w_RB, u_BB, torch.zeros_like(w_RB, dtype=torch.bool), group - keep, group)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cpu" or find_spec("triton") is not None
+
+
+def _sweep(w_RB: Tensor, u_BB: Tensor, prune_RB: Tensor, remove: int, group: int) -> Tensor:
+    w, u, prune = w_RB.contiguous(), u_BB.contiguous(), prune_RB.contiguous()
+    if w.device.type == "cpu":
+        error_RB = torch.empty_like(w)
+        compiled(_loop)(w.numpy(), u.numpy(), prune.numpy(), remove, group, error_RB.numpy())
+    else:
+        from billhook.kernels import sweep_triton
+
+        error_RB = sweep_triton.sweep(w, u, prune, remove, group)
     w_RB.copy_(w)
     return error_RB
 
 
-def _masked_loop(w: Any, u: Any, prune: Any, error: Any) -> None:
-    rows, columns = w.shape
-    for r in range(rows):
-        for j in range(columns):
-            if prune[r, j]:
-                e = w[r, j] / u[j, j]
-                error[r, j] = e
-                for t in range(j + 1, columns):
-                    w[r, t] -= e * u[j, t]
-                w[r, j] = 0.0
+TILE_ROWS = 64
+"""Rows that lie beside each other in the tile, so that one instruction updates several; known to the compiler."""
+TOGETHER = 4
+"""Columns whose errors reach those right of them in one pass over the tile; the pass is written out below."""
 
 
-def _groups_loop(w: Any, u: Any, keep: int, chosen: Any, error: Any) -> None:
+def _loop(w: Any, u: Any, prune: Any, remove: int, group: int, error: Any) -> None:  # noqa: PLR0912 - compiled whole
+    """Sweep the rows of ``w``; in every ``group`` columns the ``remove`` smallest scores join the mask first."""
     rows, columns = w.shape
-    group = chosen.shape[0]  # chosen is scratch: which entries of the group at hand are pruned
-    for r in range(rows):
+    zero = np.float32(0.0)
+    tile = np.zeros((columns, TILE_ROWS), dtype=np.float32)  # the weights; of what is pruned, the error
+    gone = np.zeros((columns, TILE_ROWS), dtype=np.bool_)
+    e = np.zeros((TOGETHER, TILE_ROWS), dtype=np.float32)
+    score = np.zeros((group, TILE_ROWS), dtype=np.float32)
+    before = np.zeros(TILE_ROWS, dtype=np.int32)
+    for first in range(0, rows, TILE_ROWS):
+        count = min(TILE_ROWS, rows - first)  # the rest of the tile is swept as well, and not looked at
+        for i in range(count):
+            for j in range(columns):
+                tile[j, i] = w[first + i, j]
+                gone[j, i] = prune[first + i, j]
         for start in range(0, columns, group):
-            chosen[:] = False
-            for _ in range(group - keep):
-                best = -1
-                lowest = 0.0
-                for i in range(group):
-                    if not chosen[i]:
-                        ratio = w[r, start + i] / u[start + i, start + i]
-                        if best < 0 or ratio * ratio < lowest:
-                            best = i
-                            lowest = ratio * ratio
-                chosen[best] = True
-            for i in range(group):
-                if chosen[i]:
-                    j = start + i
-                    e = w[r, j] / u[j, j]
-                    error[r, j] = e
-                    for t in range(j + 1, columns):
-                        w[r, t] -= e * u[j, t]
-                    w[r, j] = 0.0
+            stop = min(start + group, columns)
+            if remove > 0:
+                for j in range(start, stop):
+                    for i in range(TILE_ROWS):
+                        ratio = tile[j, i] / u[j, j]
+                        score[j - start, i] = ratio * ratio
+                for j in range(stop - start):
+                    before[:] = 0
+                    for k in range(stop - start):
+                        for i in range(TILE_ROWS):
+                            before[i] += score[k, i] < score[j, i] or (k < j and score[k, i] == score[j, i])
+                    for i in range(TILE_ROWS):
+                        gone[start + j, i] = gone[start + j, i] or before[i] < remove
+            for left in range(start, stop, TOGETHER):
+                right = min(left + TOGETHER, stop)
+                for j in range(left, right):
+                    for i in range(TILE_ROWS):
+                        quotient = tile[j, i] / u[j, j]
+                        e[j - left, i] = quotient if gone[j, i] else zero
+                        tile[j, i] = quotient if gone[j, i] else tile[j, i]
+                    for t in range(j + 1, right):
+                        for i in range(TILE_ROWS):
+                            tile[t, i] -= e[j - left, i] * u[j, t]
+                if right - left == TOGETHER:
+                    for t in range(right, columns):
+                        u0, u1, u2, u3 = u[left, t], u[left + 1, t], u[left + 2, t], u[left + 3, t]
+                        for i in range(TILE_ROWS):
+                            tile[t, i] = tile[t, i] - e[0, i] * u0 - e[1, i] * u1 - e[2, i] * u2 - e[3, i] * u3
+                else:
+                    for j in range(left, right):
+                        for t in range(right, columns):
+                            for i in range(TILE_ROWS):
+                                tile[t, i] -= e[j - left, i] * u[j, t]
+        for i in range(count):
+            for j in range(columns):
+                error[first + i, j] = tile[j, i] if gone[j, i] else zero
+                w[first + i, j] = zero if gone[j, i] else tile[j, i]
