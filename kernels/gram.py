@@ -5,6 +5,7 @@ Legend: T tokens, C input channels of the linear.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from billhook.kernels import lapack
@@ -21,15 +22,32 @@ def add_gram_(gram_CC: Tensor, x_TC: Tensor) -> None:
     """Add ``X^T X`` to the lower triangle of ``gram_CC``, in place; the part above the diagonal is left alone.
 
     gram_CC: [C, C] float32, contiguous. x_TC: [T, C] of any float dtype, on the same device.
-    Half of the products are enough, since the Gram matrix is symmetric: BLAS ``syrk`` on a CPU. On other devices the
-    whole product is added (no library offers ``syrk`` there through torch), so read only the lower triangle.
+    Half of the products are enough, since the Gram matrix is symmetric: BLAS ``syrk`` on a CPU. On other devices, where
+    torch offers none, see :func:`add_gram_by_bands_`; something may be added above the diagonal there.
     """
-    x32_TC = x_TC.float().contiguous()
     if gram_CC.device.type != "cpu":
-        gram_CC.addmm_(x32_TC.T, x32_TC)
+        add_gram_by_bands_(gram_CC, x_TC)
         return
     with safe_threads(gram_CC.shape[0]):
-        lapack.add_gram(gram_CC, x32_TC)
+        lapack.add_gram(gram_CC, x_TC.float().contiguous())
+
+
+BAND_ROWS = 2048
+"""Rows of a Gram matrix that are one product: what lies above the diagonal in them is computed for nothing."""
+
+
+def add_gram_by_bands_(gram_CC: Tensor, x_TC: Tensor, band_rows: int = BAND_ROWS) -> None:
+    """Add ``X^T X`` to the lower triangle of ``gram_CC``, a band of rows at a time, each up to its last diagonal entry.
+
+    Inputs of 16 bits are multiplied as they are: their products are exact in float32, and tensor cores sum them so.
+    """
+    for start in range(0, gram_CC.shape[0], band_rows):
+        stop = min(start + band_rows, gram_CC.shape[0])
+        band, rows = gram_CC[start:stop, :stop], x_TC[:, start:stop].T
+        if x_TC.dtype.itemsize == 2:
+            band += torch.mm(rows, x_TC[:, :stop], out_dtype=torch.float32)
+        else:
+            band.addmm_(rows.float(), x_TC[:, :stop].float())
 
 
 def mirror_lower_(a_CC: Tensor) -> None:

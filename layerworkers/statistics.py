@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from billhook.kernels.gram import add_column_squares_, add_gram_
+from billhook.kernels.gram import BAND_ROWS, add_column_squares_, add_gram_
 from billhook.layerworkers.collective import Load, tensor_load
 from billhook.layerworkers.reduction import Node, fold
 from billhook.layerworkers.scratch import Parking
@@ -37,8 +37,10 @@ class Statistic:
         return triangle_load(columns) if self.dimensions == 2 else tensor_load((columns,))
 
     def flops(self, tokens: int, columns: int, on_gpu: bool) -> float:
-        """Return what summing over so many tokens computes: of a matrix half on a CPU, by symmetry."""
-        return float(tokens * columns**self.dimensions) * (2 if on_gpu or self.dimensions == 1 else 1)
+        """Return what summing over so many tokens computes: of a matrix half, by symmetry, and on a GPU a bit more."""
+        if self.dimensions == 1:
+            return 2.0 * tokens * columns
+        return float(tokens * columns) * (min(columns + BAND_ROWS, 2 * columns) if on_gpu else columns)
 
     def size_bytes(self, columns: int) -> int:
         """Return the bytes of one total."""

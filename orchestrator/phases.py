@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from billhook.kernels.gram import BAND_ROWS
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
@@ -159,7 +160,7 @@ def block_phases(
     groups = facts.groups
     previous: int | None = None
     columns_of = {group: linears[0].shape[1] for group, linears in groups.items()}
-    cast = 8 * (recipe.seqlen or 0) if statistic is not None else 0
+    cast = 8 * (recipe.seqlen or 0) + (4 * BAND_ROWS if recipe.device != "cpu" else 0) if statistic is not None else 0
     if recipe.fit == "dense-block" and statistic is not None:
         yield (
             "statistics",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.sharing import SECONDS_PER_EXCHANGE, share_out, work_of
 from billhook.layerworkers.traffic import NOTHING, Matrix, group_traffic
@@ -67,7 +69,7 @@ class _Flops:
     """What is computed for one block, by all workers together."""
 
     forward: float
-    """In the compute dtype; the others in float32."""
+    """In the compute dtype, as the statistics on a GPU; the others in float32."""
     statistics: float
     factors: float
     solving: float
@@ -83,6 +85,11 @@ def _flops(job: Job, facts: BlockWork) -> _Flops:
         sum(method.factor_flops(each) for each in columns),
         sum(method.flops(*linear.shape, job.options) for linear in facts.linears),
     )
+
+
+def _statistics_rate(recipe: Recipe, rates: Rates) -> float:
+    exact = recipe.device != "cpu" and getattr(torch, recipe.dtype).itemsize == 2  # tensor cores, summing in float32
+    return rates.flops if exact else rates.float32_flops
 
 
 def passes(recipe: Recipe) -> int:
@@ -113,7 +120,7 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
     return BlockTime(
         share * flops.forward / rates.flops,
-        share * flops.statistics / rates.float32_flops,
+        share * flops.statistics / _statistics_rate(job.recipe, rates),
         flops.factors / rates.float32_flops,
         solving,
         traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * SECONDS_PER_EXCHANGE,

@@ -1,7 +1,9 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from billhook.kernels.gram import add_column_squares_, add_gram_, gram_reference, mirror_lower_
+from billhook.kernels.gram import add_column_squares_, add_gram_, add_gram_by_bands_, gram_reference, mirror_lower_
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 130])
@@ -21,6 +23,27 @@ def test_add_gram_leaves_what_is_above_the_diagonal_alone() -> None:
     gram = torch.full((33, 33), 7.0)
     add_gram_(gram, torch.randn(10, 33))
     assert torch.equal(gram.triu(1), torch.full((33, 33), 7.0).triu(1))
+
+
+@pytest.fixture
+def products_of_16_bits_on_the_cpu() -> Iterator[None]:
+    """Torch multiplies 16-bit matrices into float32 on CUDA only; here is the same on the CPU."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype), "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("products_of_16_bits_on_the_cpu")
+@pytest.mark.parametrize("columns", [1, 16, 97])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bands_add_up_to_the_gram(columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(70, columns).to(dtype)
+    gram = torch.ones(columns, columns)
+    add_gram_by_bands_(gram, x, band_rows=16)
+    assert torch.allclose(gram.double().tril(), (gram_reference(x) + 1).tril(), rtol=1e-5, atol=1e-5)
+    assert (gram[:16, 16:] == 1).all(), "nothing is computed above the bands"
 
 
 @pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 1100])
