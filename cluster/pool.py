@@ -53,6 +53,10 @@ SILENT_SECONDS = 30.0
 START_SECONDS = 120.0
 """How long the processes of the workers may take to start."""
 
+IDLE_THREADS_SLEEP = {"OPENBLAS_THREAD_TIMEOUT": "4"}
+"""Environment in which SciPy's threads sleep at once when they have nothing to do. They would spin for some 25 ms, on
+the cores on which torch's threads, which take turns with them, want to work: a forward pass took twice its time."""
+
 LOG_BYTES = 2000
 """Of a lost worker's log, what is shown."""
 
@@ -168,7 +172,7 @@ class WorkerPool:
             name: str(setup.threads)
             for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
         }
-        same = {"max_restarts": 0, "runtime_env": {"env_vars": threads | large_pages()}}
+        same = {"max_restarts": 0, "runtime_env": {"env_vars": threads | large_pages() | IDLE_THREADS_SLEEP}}
         actor_class: Any = WorkerActor
         self._scribe: Any = None
         self._attendance: Any = Attendance.options(**on_this_node()).remote()  # type: ignore[attr-defined]
