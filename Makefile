@@ -1,10 +1,11 @@
-# make demo | make test | make test-faults | make test-nodes | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make test-faults | make test-nodes | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
 
-.PHONY: setup demo test test-faults test-nodes lint format clean
+.PHONY: setup demo test test-faults test-nodes bench lint format clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,20 @@ test-faults: setup
 test-nodes: setup
 	$(BIN)/python -m pytest tests/nodes tests/deploy -rs
 
+# Beside other tools on the same work: about an hour, on a machine that does nothing else. WikiText-2 is to be given:
+# make bench CALIBRATION=wikitext2-valid.txt TEXT=wikitext2-raw-test.txt
+bench: setup $(PEERS)/.installed
+	$(BIN)/python benchmarks/peers.py --calibration $(CALIBRATION) --text $(TEXT) --peer-python $(PEERS)/bin/python
+	$(BIN)/python benchmarks/solve.py
+	$(BIN)/python benchmarks/scaling.py measure --folder $(or $(TMPDIR),/tmp)
+	$(BIN)/python benchmarks/report.py
+
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	touch $@
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,4 +55,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

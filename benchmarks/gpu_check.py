@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_check.py [--device cuda|cpu] [--folder DIR]
 
-Prunes a synthetic checkpoint with every way of keeping things and checks that all give the same bytes, that the GPU's
-measured peak is within what was planned, and that verify finds nothing. Prints one JSON document.
+Holds the column sweep against its reference in float64, and times it beside a copy of as many bytes. Prunes a synthetic
+checkpoint with every way of keeping things and checks that all give the same bytes, that the GPU's measured peak is
+within what was planned, and that verify finds nothing. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +80,51 @@ def check(device: str, folder: Path) -> dict[str, Any]:
         assert len(manifests) == 1, f"{method}: the bytes depend on where things are kept"
     rates = plan(model, method="magnitude", device=device).rates
     name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor()
-    return {"device": name, "rates": vars(rates), "runs": runs}
+    return {"device": name, "rates": vars(rates), "sweeps": sweeps(device), "runs": runs}
+
+
+def sweeps(device: str) -> list[dict[str, Any]]:
+    """Check and time the sweep of one block of columns of a linear of the shape's width."""
+    from billhook.kernels.factor import upper_factor_reference
+    from billhook.kernels.gram import gram_reference
+    from billhook.kernels.sweep import sweep_groups, sweep_groups_reference, sweep_masked, sweep_masked_reference
+
+    torch.manual_seed(0)
+    rows, columns = SHAPES[device].intermediate, 128
+    weight_RB, x_TB = torch.randn(rows, columns), torch.randn(4 * columns, columns)
+    factor_BB = upper_factor_reference(gram_reference(x_TB)).to(device, torch.float32)
+    weight_RB, prune_RB = weight_RB.to(device), (torch.rand(rows, columns) < 0.5).to(device)
+    moved_bytes = 3 * 4 * weight_RB.numel()  # the weights twice, the errors once
+    copied = weight_RB.new_empty(moved_bytes // 8)
+    copying = seconds(copied.clone)
+    found = []
+    for name, fast, exact in (
+        ("masked", lambda w, u: sweep_masked(w, u, prune_RB), lambda w, u: sweep_masked_reference(w, u, prune_RB)),
+        ("2:4", lambda w, u: sweep_groups(w, u, 2, 4), lambda w, u: sweep_groups_reference(w, u, 2, 4)),
+    ):
+        swept, expected = weight_RB.clone(), weight_RB.double()
+        fast(swept, factor_BB)
+        exact(expected, factor_BB.double())
+        alike = (swept == 0) == (expected == 0)
+        assert alike.double().mean() > 1 - 1e-4, f"{name}: other entries are pruned than by the reference"
+        same_R = alike.all(dim=1)  # where a tie was broken otherwise, the rest of the row differs, too
+        difference = float((swept.double() - expected)[same_R].abs().max() / expected.abs().max())
+        assert difference < 1e-5, f"{name}: {difference:g} from the reference"
+        taken = seconds(lambda fast=fast: fast(weight_RB.clone(), factor_BB))
+        found.append({"sweep": name, "rows": rows, "difference": difference, "seconds": taken, "copying": copying})
+    return found
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return the median time of one call, until the device has done it."""
+    times = []
+    for _ in range(12):
+        begin = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
 
 
 if __name__ == "__main__":

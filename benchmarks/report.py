@@ -1,0 +1,116 @@
+"""Write `docs/benchmarks.md` from what `make bench` has put into `benchmarks/results/`.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+
+def main() -> None:
+    PAGE.write_text("\n".join([HEAD, *peers(read("peers")), *solve(read("solve")), *limit(read("scaling"))]) + "\n")
+
+
+HEAD = """# Benchmarks
+
+Written by `benchmarks/report.py` from `benchmarks/results/`; each section names the command whose figures it shows. All
+are of one machine without a GPU, and ratios are of runs that took turns. What else is measured, and how:
+[benchmarks/README.md](../benchmarks/README.md).
+"""
+
+
+def read(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return document
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def peers(results: dict[str, Any]) -> list[str]:
+    machine, versions = results["machine"], results["versions"]
+    lines = [
+        "## Beside other tools",
+        "",
+        "SmolLM2-135M-Instruct, 32 samples of 512 tokens, bfloat16, "
+        f"{machine['cores']} cores ({machine['processor']}); "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ". *Work* is from the begin of the first block to the finished checkpoint, *whole* the whole command; "
+        "medians of runs that took turns. Memory is the largest sum of proportional set sizes, of billhook with one "
+        "worker (Ray's own processes in brackets). Perplexity: WikiText-2 test, 32 windows of 1024 tokens.",
+        "",
+        "    make bench CALIBRATION=wikitext2-valid.txt TEXT=wikitext2-raw-test.txt",
+        "",
+    ]
+    heads = ["", "work, s", "whole, s", "billhook / it: work", "whole", "memory, GiB", "perplexity"]
+    for recipe, rows in results["rows"].items():
+        body = []
+        for tool, row in rows.items():
+            gib, of_ray = row["peak_bytes"] / 2**30, row["peak_bytes_of_ray"] / 2**30
+            body.append(
+                [
+                    tool,
+                    f"{row['work_seconds']:.1f}",
+                    f"{row['whole_seconds']:.1f}",
+                    f"{row['billhook_over_it_work']:.2f}",
+                    f"{row['billhook_over_it_whole']:.2f}",
+                    f"{gib - of_ray:.2f} (+ {of_ray:.2f})" if of_ray else f"{gib:.2f}",
+                    f"{row['perplexity']:.2f}",
+                ]
+            )
+        lines += [f"**{recipe}**", "", *table(heads, body)]
+    return lines
+
+
+def solve(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "## One linear",
+        "",
+        f"SparseGPT for one linear of {results['size']} x {results['size']}, against the plain column loop; *sweep*: "
+        "all blocks of 128 columns with the same mask; *solve*: from the Gram matrix to sparse weights.",
+        "",
+        "    python benchmarks/solve.py",
+        "",
+    ]
+    rows = [
+        [name, f"{row['our_seconds']:.2f}", f"{row['plain_seconds']:.2f}", f"{row['plain_over_ours']:.1f}"]
+        for name, row in results.items()
+        if isinstance(row, dict) and "plain_over_ours" in row
+    ]
+    return [*lines, *table(["", "billhook, s", "plain, s", "plain / billhook"], rows)]
+
+
+def limit(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Against the limit",
+        "",
+        f"{results['model']}, {results['options']['samples']} samples of {results['options']['seqlen']} tokens: "
+        "seconds of one block, by part, over what its products would take at the rate of a large one, measured in the "
+        "same run.",
+        "",
+        "    python benchmarks/scaling.py measure --folder DIR",
+        "",
+    ]
+    runs = {name: run for name, run in results.items() if isinstance(run, dict) and "measured_parts" in run}
+    parts = list(next(iter(runs.values()))["measured_parts"]) if runs else []
+    rows = [
+        [
+            name,
+            *(f"{run['measured_parts'][part]:.2f} / {run['predicted_parts'].get(part, 0.0):.2f}" for part in parts),
+            f"{run['predicted_seconds'] / run['measured_seconds']:.0%}",
+        ]
+        for name, run in runs.items()
+    ]
+    return [*lines, *table(["", *parts, "of the limit"], rows)]
+
+
+if __name__ == "__main__":
+    main()
