@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,12 +163,13 @@ class Lab:
         """Run ``billhook prune`` to its end; see :meth:`begin`."""
         return ended(self.begin(output, workers, driver, address))
 
-    def prune_disturbed(
-        self, output: Path, workers: str, fault: tuple[str, str, int, str], then: Callable[[str], None]
-    ) -> str:
-        """Prune; when the fault happens, do ``then`` to the node that it happened on, and return that node's name.
+    @contextmanager
+    def disturbed(
+        self, output: Path, workers: str, fault: tuple[str, str, int, str]
+    ) -> Iterator[tuple[subprocess.Popen[str], str]]:
+        """Begin to prune; return the command and the node's name when the fault happens. What waits goes on at the end.
 
-        fault: role, point, count and action; see the injection. What waits goes on after ``then``.
+        fault: role, point, count and action; see the injection.
         """
         marks = Path(tempfile.mkdtemp(dir=self.shared, prefix="marks-"))
         armed = dict(zip(("role", "point", "count", "action"), fault, strict=True))
@@ -175,11 +177,17 @@ class Lab:
         file.write_text(json.dumps({"folder": str(marks), "within": [], **armed}))
         process = self.begin(output, workers)
         try:
-            name = str(wait_until(lambda: happened(process, marks)))
-            then(name)
+            yield process, str(wait_until(lambda: happened(process, marks)))
         finally:
             (marks / "go").touch()
             file.unlink()
+
+    def prune_disturbed(
+        self, output: Path, workers: str, fault: tuple[str, str, int, str], then: Callable[[str], None]
+    ) -> str:
+        """Prune; when the fault happens, do ``then`` to the node that it happened on, and return that node's name."""
+        with self.disturbed(output, workers, fault) as (process, name):
+            then(name)
         done = ended(process)
         assert done.code == 0, done.err
         assert json.loads(done.out)["output"] == str(output), "what Ray has to say is not part of the answer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -55,3 +56,21 @@ def test_a_node_that_joins_is_used(lab: Lab, expected: dict[str, bytes]) -> None
     lab.prune_disturbed(output, "auto", ("driver", "append", 3, "wait"), lambda node: lab.start("two"))
     assert lab.contents(output) == expected
     assert lab.pools(output) == [{"one"}, {"one", "two"}]
+
+
+def test_a_cluster_that_comes_back_finds_the_run_by_its_output(lab: Lab, expected: dict[str, bytes]) -> None:
+    """The head loses its power, and the driver with it; then the others; all begin anew."""
+    output = lab.shared / "head-lost"
+    with lab.disturbed(output, "2", ("driver", "append", 5, "wait")) as (process, name):
+        assert name == "head"
+        for node in ("head", "one", "two", "three"):
+            lab.power_off(node)
+        process.communicate(timeout=60)
+    lab.start("head")
+    lab.start("one", "two", "three")
+    done = lab.prune(output, "2")
+    assert done.code == 0, done.err
+    assert lab.contents(output) == expected
+    journal = [json.loads(line)["kind"] for line in (output / "billhook/journal.jsonl").read_text().splitlines()]
+    assert journal.count("start") == 2
+    assert journal.count("block") == 5, "a block that was done was done again"
