@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from billhook.cluster.exchange import Inbox, Key, RayCollective
+from billhook.cluster.exchange import Envelope, Inbox, Key, RayCollective
+from billhook.cluster.lines import Door, Lines
 from billhook.cluster.session import ray_session
 from billhook.layerworkers.collective import all_gather
 
@@ -27,15 +28,21 @@ class Member:
 
     def __init__(self) -> None:
         self._inbox = Inbox()
+        self._lines = Lines(self._inbox.put_parts, self._inbox.lose)
 
     @ray.method(concurrency_group="mail")
     def post(self, key: Key, references: list[Any], *body: bytes) -> None:
         """Take in what another sends."""
-        self._inbox.put(key, (b"".join(body), references))
+        self._inbox.put(key, Envelope(b"".join(body), references))
 
-    def measure(self, actors: list[Any], rank: int, rounds: int) -> dict[int, float]:
+    def door(self) -> Door | None:
+        """Return where the others reach it."""
+        return self._lines.door
+
+    def measure(self, actors: list[Any], rank: int, doors: dict[int, Door], rounds: int) -> dict[int, float]:
         """Return the median seconds of each size."""
-        group = RayCollective(actors, self._inbox, range(len(actors)), rank)
+        self._lines.connect({other: door for other, door in doors.items() if other != rank})
+        group = RayCollective(actors, self._inbox, range(len(actors)), rank, self._lines)
         medians = {}
         for size_bytes in SIZES_BYTES:
             array, seconds = np.zeros(size_bytes, dtype=np.uint8), []
@@ -56,9 +63,10 @@ def main() -> None:
     with ray_session(None, arguments.workers, 0, 200 << 20):
         actor: Any = ray.remote(concurrency_groups={"mail": 1})(Member)  # type: ignore[call-overload]
         actors = [actor.remote() for _ in range(arguments.workers)]
-        calls = [each.measure.remote(actors, rank, arguments.rounds) for rank, each in enumerate(actors)]
-        for size_bytes, seconds in ray.get(calls[0]).items():
-            print(f"{size_bytes / 1024:8.0f} KiB to each: {1000 * seconds:6.1f} ms")
+        for way, doors in (("calls", {}), ("lines", dict(enumerate(ray.get([each.door.remote() for each in actors]))))):
+            calls = [each.measure.remote(actors, rank, doors, arguments.rounds) for rank, each in enumerate(actors)]
+            for size_bytes, seconds in ray.get(calls[0]).items():
+                print(f"{way}: {size_bytes / 1024:8.0f} KiB to each: {1000 * seconds:6.2f} ms")
 
 
 if __name__ == "__main__":

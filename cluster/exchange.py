@@ -1,7 +1,8 @@
 """The collective of ``layerworkers`` over Ray: workers call each other, and each keeps what has come until it asks.
 
 Small messages travel inside the call. Large arrays travel through Ray's object store, straight from the sender's node
-to the receiver's, in small pieces, and the call carries their references.
+to the receiver's, in small pieces, and the call carries their references. Between workers of one machine everything
+travels over a line of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import ray
 from torch.utils._pytree import tree_map
 
+from billhook.cluster.lines import Lines, pickled, unpickled
 from billhook.layerworkers.collective import Message
 
 PIECE_BYTES = 16 << 20
@@ -30,8 +32,23 @@ ARGUMENT_BYTES = 64 << 10
 LOOK_SECONDS = 2.0
 """How often one who waits for others looks whether what it sent them has arrived."""
 
-Envelope = tuple[bytes, list[Any]]
-"""A pickled message, empty where there is none, and references to the objects in Ray's store that belong to it."""
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message on its way, or that there is none."""
+
+    body: bytes = b""
+    """Pickled, as it came in a call."""
+    references: Sequence[Any] = ()
+    """To the objects in Ray's store that belong to it."""
+    parts: Sequence[bytearray] = ()
+    """Pickled, as it came over a line."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no message."""
+        return not self.body and not self.parts
+
 
 Key = tuple[tuple[int, ...], int, int]
 """Members of a group, number of their exchange, and who sent it."""
@@ -43,6 +60,7 @@ class Inbox:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._envelopes: dict[Key, Envelope] = {}
+        self._lost: list[str] = []
 
     def put(self, key: Key, envelope: Envelope) -> None:
         """Take in what has come."""
@@ -50,12 +68,28 @@ class Inbox:
             self._envelopes[key] = envelope
             self._changed.notify_all()
 
+    def put_parts(self, parts: Sequence[bytearray]) -> None:
+        """Take in what has come over a line: a key and a message."""
+        key, *message = parts
+        self.put(pickle.loads(key), Envelope(parts=message))
+
+    def lose(self, reason: str) -> None:
+        """Note that something may never come."""
+        self._lost.append(reason)
+
     def take(self, keys: Sequence[Key], seconds: float) -> list[Envelope] | None:
-        """Return what has come under all ``keys``, and keep it no longer; None when not all has come in time."""
+        """Return what has come under all ``keys``, and keep it no longer; None when not all has come in time.
+
+        Raises:
+            ConnectionError: when it has not, and something was lost before: others then know by now who has died.
+        """
+        lost = list(self._lost)
         with self._changed:
-            if not self._changed.wait_for(lambda: all(key in self._envelopes for key in keys), seconds):
-                return None
-            return [self._envelopes.pop(key) for key in keys]
+            if self._changed.wait_for(lambda: all(key in self._envelopes for key in keys), seconds):
+                return [self._envelopes.pop(key) for key in keys]
+        if lost:
+            raise ConnectionError(lost[0])
+        return None
 
 
 @dataclass(frozen=True)
@@ -72,12 +106,15 @@ class _Parcel:
 class RayCollective:
     """Workers of one pool, or some of them; see :class:`billhook.layerworkers.collective.Collective`."""
 
-    def __init__(self, actors: Sequence[Any], inbox: Inbox, members: Sequence[int], me: int):
+    def __init__(
+        self, actors: Sequence[Any], inbox: Inbox, members: Sequence[int], me: int, lines: Lines | None = None
+    ):
         """actors: all workers of the pool, with a method ``post(key, references, *body)`` that fills their inbox.
 
-        members: numbers of those that act together, this one's ``me`` among them.
+        members: numbers of those that act together, this one's ``me`` among them. lines: to those that it reaches.
         """
         self._actors, self._inbox, self._members, self._me = actors, inbox, tuple(members), me
+        self._lines = lines
         self._exchanges = 0
         self._subgroups: dict[tuple[int, ...], RayCollective] = {}
         self._posts: list[Any] = []
@@ -99,7 +136,7 @@ class RayCollective:
         if members == self._members:
             return self
         if members not in self._subgroups:
-            self._subgroups[members] = RayCollective(self._actors, self._inbox, members, self._me)
+            self._subgroups[members] = RayCollective(self._actors, self._inbox, members, self._me, self._lines)
             self._subgroups[members]._posts = self._posts
         return self._subgroups[members]
 
@@ -107,7 +144,7 @@ class RayCollective:
         """Send to all and wait for all, with or without a message; see the protocol.
 
         Raises:
-            ray.exceptions.RayError: when another worker could not be reached, now or before.
+            ray.exceptions.RayError, ConnectionError: when another worker could not be reached, now or before.
         """
         received = {rank: message for rank, message in outgoing.items() if rank == self.rank}
         if self.size == 1:
@@ -115,19 +152,23 @@ class RayCollective:
         self._exchanges += 1
         others = [rank for rank in range(self.size) if rank != self.rank]
         packed: dict[int, Envelope] = {}  # a message to several ranks is put into the store once
+        key = (self._members, self._exchanges, self._me)
         for rank in others:
-            envelope: Envelope = (b"", [])
+            member = self._members[rank]
+            if self._lines is not None and self._lines.reach(member):
+                self._lines.send(member, [pickle.dumps(key), *(pickled(outgoing[rank]) if rank in outgoing else ())])
+                continue
+            envelope = Envelope()
             if rank in outgoing:
                 message = outgoing[rank]
                 envelope = packed[id(message)] = packed.get(id(message)) or _pack(message)
-            body, references = envelope
+            body = envelope.body
             pieces = [body[start : start + ARGUMENT_BYTES] for start in range(0, len(body), ARGUMENT_BYTES)]
-            key = (self._members, self._exchanges, self._me)
-            self._posts.append(self._actors[self._members[rank]].post.remote(key, references, *pieces))
+            self._posts.append(self._actors[member].post.remote(key, list(envelope.references), *pieces))
         keys = [(self._members, self._exchanges, self._members[rank]) for rank in others]
         while (envelopes := self._inbox.take(keys, LOOK_SECONDS)) is None:
             self._look()
-        received |= {rank: _unpack(each) for rank, each in zip(others, envelopes, strict=True) if each[0]}
+        received |= {rank: _unpack(each) for rank, each in zip(others, envelopes, strict=True) if not each.empty}
         self._look()
         return dict(sorted(received.items()))
 
@@ -160,17 +201,18 @@ def _pack(message: Message) -> Envelope:
         references.extend(ray.put(flat[start : start + step]) for start in range(0, flat.size, step))
         return _Parcel(first, len(references) - first, leaf.dtype, leaf.shape)
 
-    return pickle.dumps(tree_map(pack, message)), references
+    return Envelope(pickle.dumps(tree_map(pack, message)), references)
 
 
 def _unpack(envelope: Envelope) -> Message:
-    body, references = envelope
+    if envelope.parts:
+        return unpickled(envelope.parts)
 
     def unpack(leaf: Any) -> Any:
         if not isinstance(leaf, _Parcel):
             return leaf
-        arrays = ray.get(references[leaf.first : leaf.first + leaf.pieces])
+        arrays = ray.get(list(envelope.references)[leaf.first : leaf.first + leaf.pieces])
         flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return flat.reshape(leaf.shape)
 
-    return tree_map(unpack, pickle.loads(body))
+    return tree_map(unpack, pickle.loads(envelope.body))

@@ -18,7 +18,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from billhook.cluster.attendance import Attendance
-from billhook.cluster.exchange import Inbox, Key, RayCollective
+from billhook.cluster.exchange import Envelope, Inbox, Key, RayCollective
+from billhook.cluster.lines import Door, Lines
 from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.layerworkers.access import OutputAccess
@@ -76,6 +77,8 @@ class Whereabouts:
     log: str
     """File on that node."""
     sees_output: bool
+    door: Door | None
+    """For the workers of the same node."""
 
 
 @ray.remote(concurrency_groups={"mail": 1})  # type: ignore[call-overload]
@@ -89,24 +92,26 @@ class WorkerActor:
         self._setup, self._attendance, self._rank = setup, attendance, rank
         self._sees_output = _sees(setup.output)
         self._inbox = Inbox()
+        self._lines = Lines(self._inbox.put_parts, self._inbox.lose)
         threading.Thread(target=_beat, args=(attendance, rank), name="heartbeat", daemon=True).start()
 
     @ray.method(concurrency_group="mail")
     def post(self, key: Key, references: list[Any], *body: bytes) -> None:
         """Take in what another worker sends; see :class:`RayCollective`."""
-        self._inbox.put(key, (b"".join(body), references))
+        self._inbox.put(key, Envelope(b"".join(body), references))
 
     def whereabouts(self) -> Whereabouts:
         """Return where the actor's process runs, as soon as it does."""
         node = ray.get_runtime_context().get_node_id()
         log = ray._private.worker.global_worker.get_err_file_path()
         address = ray.util.get_node_ip_address()
-        return Whereabouts(socket.gethostname(), address, node, os.getpid(), log, self._sees_output)
+        return Whereabouts(socket.gethostname(), address, node, os.getpid(), log, self._sees_output, self._lines.door)
 
-    def set_up(self, actors: Sequence[Any], scribe: Any) -> dict[str, str]:
+    def set_up(self, actors: Sequence[Any], doors: Mapping[int, Door], scribe: Any) -> dict[str, str]:
         """Build the worker; return what of its machine and libraries decides bits.
 
-        actors: all workers, by rank. scribe: writes the output for those that do not see it.
+        actors: all workers, by rank. doors: of those on the same machine. scribe: writes the output for those that do
+        not see it.
         """
         setup, files = self._setup, None
         if not self._sees_output:
@@ -115,7 +120,8 @@ class WorkerActor:
             if Path(setup.scratch).is_relative_to(setup.output.folder):
                 setup = dataclasses.replace(setup, scratch="")
         check_source(setup.source, f"worker {self._rank} on {socket.gethostname()}, {ray.util.get_node_ip_address()}")
-        self._group = RayCollective(actors, self._inbox, range(len(actors)), self._rank)
+        self._lines.connect(doors)
+        self._group = RayCollective(actors, self._inbox, range(len(actors)), self._rank, self._lines)
         synced = self._attendance.synced
         self._worker = BlockWorker(setup, self._group, lambda index: ray.get(synced.remote(index)), files)
         return machine_facts(setup.device) | library_versions()
@@ -186,7 +192,12 @@ class WorkerPool:
                 assert setup.output is not None
                 scribe_class: Any = Scribe
                 self._scribe = scribe_class.options(**on_this_node()).remote(setup.output, self.size)
-            facts = self._outcome([actor.set_up.remote(self._actors, self._scribe) for actor in self._actors])
+            facts = self._outcome(
+                [
+                    actor.set_up.remote(self._actors, self._neighbours(rank), self._scribe)
+                    for rank, actor in enumerate(self._actors)
+                ]
+            )
             _check_alike(facts, expected, [self._name(rank) for rank in range(self.size)])
         except GetTimeoutError as error:
             self.close()
@@ -194,6 +205,14 @@ class WorkerPool:
         except BaseException:
             self.close()
             raise
+
+    def _neighbours(self, rank: int) -> dict[int, Door]:
+        """Return the doors of the other workers on this one's node."""
+        return {
+            other: where.door
+            for other, where in enumerate(self.whereabouts)
+            if other != rank and where.node == self.whereabouts[rank].node and where.door is not None
+        }
 
     def has_room(self) -> bool:
         """Whether the cluster has room for another worker."""
@@ -328,7 +347,7 @@ class WorkerPool:
             cause = error.cause
             if isinstance(cause, InputError | RunError):
                 raise type(cause)(str(cause)) from None
-            if isinstance(cause, RayError):  # in the middle of an exchange with one that died
+            if isinstance(cause, RayError | ConnectionError):  # in the middle of an exchange with one that died
                 raise BlockLostError(f"a worker lost touch with another: {cause}") from error
             raise BlockLostError(f"a worker failed: {error}") from error
         except RayActorError as error:

@@ -22,7 +22,7 @@ from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.stopwatch import Stopwatch
 
 Message = Any
-"""Nested tuples, lists and dicts of plain values and numpy arrays. Received arrays are read-only."""
+"""Nested tuples, lists and dicts of plain values and numpy arrays. Received arrays may be read-only."""
 
 
 class Collective(Protocol):

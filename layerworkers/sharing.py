@@ -14,8 +14,8 @@ from billhook.layerworkers.reduction import even_ranges
 
 FLOPS_PER_SECOND = 5e10
 """Rate of one worker that the choice between the two ways assumes: about that of one CPU core in float32."""
-SECONDS_PER_EXCHANGE = 2e-3
-"""Time of one exchange of small messages between workers."""
+NEAR_EXCHANGE_SECONDS, FAR_EXCHANGE_SECONDS = 3e-4, 2e-3
+"""Time of one exchange of small messages between the workers of one machine, and of several."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: 
     return Work(rows, method.flops(rows, columns, options), selections)
 
 
-def share_out(linears: Sequence[Work], workers: int, partition_rows: int) -> list[list[Rows]]:
+def share_out(linears: Sequence[Work], workers: int, partition_rows: int, exchange_seconds: float) -> list[list[Rows]]:
     """Return, for each linear, the rows of each worker, in the order of the workers.
 
     Either every linear is split by row partitions over all workers, or whole linears are dealt out, the largest
@@ -52,7 +52,7 @@ def share_out(linears: Sequence[Work], workers: int, partition_rows: int) -> lis
     dealt, dealt_flops = _deal(linears, workers)
     split_seconds = sum(
         work.flops * max(stop - start for start, stop in ranges) / work.rows / FLOPS_PER_SECOND
-        + 2 * work.selections * SECONDS_PER_EXCHANGE * (workers > 1)
+        + 2 * work.selections * exchange_seconds * (workers > 1)
         for work, ranges in zip(linears, split, strict=True)
     )
     return split if split_seconds < dealt_flops / FLOPS_PER_SECOND else dealt

@@ -73,6 +73,7 @@ def solve_group(
         [work_of(method, each.pattern, each.options, *weights[each.disk_name].shape) for each in linears],
         group.size,
         task.partition_rows,
+        task.exchange_seconds,
     )
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None

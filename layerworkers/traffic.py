@@ -55,16 +55,18 @@ def group_traffic(
     partitions: int,
     partition_rows: int,
     workers: int,
+    exchange_seconds: float,
 ) -> Traffic:
     """Return what :func:`billhook.layerworkers.solving.solve_group` moves between ``workers`` workers.
 
-    matrices: those of the linears, which share one input. options: the method's own.
+    matrices: those of the linears, which share one input. options: the method's own. exchange_seconds: see
+    :func:`billhook.layerworkers.sharing.share_out`.
     """
     if workers == 1:
         return NOTHING
     columns = matrices[0].columns
     works = [work_of(method, pattern, options, matrix.rows, columns) for matrix in matrices]
-    ranges = share_out(works, workers, partition_rows)
+    ranges = share_out(works, workers, partition_rows, exchange_seconds)
     solvers = [rank for rank in range(workers) if any(own[rank][0] < own[rank][1] for own in ranges)]
     traffic = Traffic(0, 0, 1) + _from_one(method.shared(columns), len(solvers) - 1)
     if method.statistic is not None:

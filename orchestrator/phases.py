@@ -19,7 +19,7 @@ from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
-from billhook.layerworkers.sharing import is_local, share_out, work_of
+from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS, is_local, share_out, work_of
 from billhook.layerworkers.skeleton import Footprint
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
@@ -68,6 +68,8 @@ class Job:
     pattern: Pattern
     samples: int
     """0 for methods that need none."""
+    exchange_seconds: float = FAR_EXCHANGE_SECONDS
+    """Between workers."""
 
     @property
     def partitions(self) -> int:
@@ -224,7 +226,7 @@ def _solving(
     local = is_local(method, job.pattern)
     work = [work_of(method, job.pattern, job.options, *linear.shape) for linear in linears]
     partition_rows = recipe.partition_rows or 256
-    ranges = share_out(work, workers, partition_rows)
+    ranges = share_out(work, workers, partition_rows, job.exchange_seconds)
     statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0
     needs = []
     for rank in range(workers):

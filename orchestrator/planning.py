@@ -11,6 +11,7 @@ from typing import Unpack
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry
+from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS, NEAR_EXCHANGE_SECONDS
 from billhook.layerworkers.tasks import BlockTask, LinearTask
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.devices import (
@@ -112,6 +113,7 @@ class Plan:
             self.arrangement.placements[index],
             tuple(tensor for later in blocks[index + 1 : index + 2] for tensor in later.tensors),
             keep,
+            _job(request, self.resources, self.supposed).exchange_seconds,
         )
 
     def keeps_inputs_of(self, index: int) -> bool:
@@ -138,7 +140,7 @@ def make_plan(
         InputError: where no way of working fits the budgets, or the machine lacks what was asked for.
     """
     recipe, opened = request.recipe, request.model
-    job = _job(request)
+    job = _job(request, resources, supposed)
     useful = job.partitions if job.samples else 1
     here = resolve_workers("auto", opened.device, recipe.threads, useful)
     most = here if resources.workers == "auto" else resources.workers
@@ -201,10 +203,11 @@ def with_workers(plan: Plan, workers: int) -> Plan:
         return plan
     request, resources = plan.request, plan.resources
     opened, work = request.model, block_work(request.model, request.linears, request.recipe.seqlen or 0)
-    useful = _job(request).partitions if request.samples else 1
+    job = _job(request, resources, plan.supposed)
+    useful = job.partitions if request.samples else 1
     here = resolve_workers("auto", opened.device, request.recipe.threads, useful)
     arrangement = arrange(
-        _job(request),
+        job,
         work,
         plan.budgets,
         plan.rates,
@@ -218,7 +221,7 @@ def with_workers(plan: Plan, workers: int) -> Plan:
         plan,
         arrangement=arrangement,
         workers=replace(plan.workers, count=workers),
-        times=_times(_job(request), work, workers, plan.rates, plan.connection),
+        times=_times(job, work, workers, plan.rates, plan.connection),
     )
 
 
@@ -244,9 +247,11 @@ def _connection(supposed: Supposition, rates: Rates) -> Connection:
     return Connection(supposed.bandwidth_bytes or BANDWIDTH_BYTES, apart=True)
 
 
-def _job(request: Request) -> Job:
+def _job(request: Request, resources: Resources, supposed: Supposition) -> Job:
     options = request.method.options(**request.options)
-    return Job(request.recipe, request.method, options, request.pattern, request.samples)
+    near = resources.address is None and supposed == NOTHING_SUPPOSED
+    exchange_seconds = NEAR_EXCHANGE_SECONDS if near else FAR_EXCHANGE_SECONDS
+    return Job(request.recipe, request.method, options, request.pattern, request.samples, exchange_seconds)
 
 
 def _tiers(resources: Resources) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.sharing import SECONDS_PER_EXCHANGE, share_out, work_of
+from billhook.layerworkers.sharing import share_out, work_of
 from billhook.layerworkers.traffic import NOTHING, Matrix, group_traffic
 from billhook.orchestrator.phases import BlockWork, Job
 from billhook.orchestrator.probe import Rates
@@ -107,7 +107,8 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
     for linears in facts.groups.values():
         works = [work_of(job.method, job.pattern, job.options, *linear.shape) for linear in linears]
         seconds = [0.0] * workers
-        for linear, work, ranges in zip(linears, works, share_out(works, workers, partition_rows), strict=True):
+        shares = share_out(works, workers, partition_rows, job.exchange_seconds)
+        for linear, work, ranges in zip(linears, works, shares, strict=True):
             launching = job.method.launches(linear.shape[1], job.options) * rates.launch_seconds
             for rank, (start, stop) in enumerate(ranges):
                 if start < stop:
@@ -115,7 +116,8 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         solving += max(seconds)
         matrices = [Matrix(*linear.shape, linear.item_bytes) for linear in linears]
         traffic += group_traffic(
-            matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers
+            *(matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers),
+            job.exchange_seconds,
         )
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
     return BlockTime(
@@ -123,7 +125,7 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         share * flops.statistics / _statistics_rate(job.recipe, rates),
         flops.factors / rates.float32_flops,
         solving,
-        traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * SECONDS_PER_EXCHANGE,
+        traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.exchange_seconds,
         ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,
         flops.forward + flops.statistics + flops.factors + flops.solving,
         traffic.moved_bytes,

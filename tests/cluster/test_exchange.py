@@ -10,21 +10,29 @@ import ray
 from ray.exceptions import RayError
 
 from billhook.cluster import exchange
-from billhook.cluster.exchange import Inbox, RayCollective
+from billhook.cluster.exchange import Envelope, Inbox, RayCollective
+from billhook.cluster.lines import Lines
 from billhook.layerworkers.collective import all_gather, broadcast, gather_to
 
 
 class Member:
     def __init__(self) -> None:
         self.inbox = Inbox()
+        self.lines = Lines(self.inbox.put_parts, self.inbox.lose)
 
     @ray.method(concurrency_group="mail")
     def post(self, key: Any, references: list[Any], *body: bytes) -> None:
-        self.inbox.put(key, (b"".join(body), references))
+        self.inbox.put(key, Envelope(b"".join(body), references))
 
-    def script(self, members: list[Any], rank: int, inline_bytes: int, piece_bytes: int) -> list[Any]:
+    def door(self) -> Any:
+        return self.lines.door
+
+    def script(
+        self, members: list[Any], rank: int, doors: dict[int, Any], inline_bytes: int, piece_bytes: int
+    ) -> list[Any]:
         exchange.INLINE_BYTES, exchange.PIECE_BYTES = inline_bytes, piece_bytes
-        self.group = RayCollective(members, self.inbox, range(len(members)), rank)
+        self.lines.connect({other: door for other, door in doors.items() if other != rank})
+        self.group = RayCollective(members, self.inbox, range(len(members)), rank, self.lines)
         big = np.full((rank + 1, 30_000), rank, dtype=np.float32)  # of different sizes, all above an argument's
         gathered = all_gather(self.group, {"rank": rank, "big": big, "small": np.arange(rank)})
         results: list[Any] = [
@@ -40,10 +48,17 @@ class Member:
 
 
 @pytest.mark.parametrize(("inline_bytes", "piece_bytes"), [(1 << 10, 50_000), (1 << 10, 64 << 20), (1 << 20, 1)])
-def test_messages_arrive_whole_and_in_rank_order(ray_cluster: None, inline_bytes: int, piece_bytes: int) -> None:
+@pytest.mark.parametrize("neighbours", [[], [0, 2], [0, 1, 2]])
+def test_messages_arrive_whole_and_in_rank_order(
+    ray_cluster: None, inline_bytes: int, piece_bytes: int, neighbours: list[int]
+) -> None:
     actor = ray.remote(num_cpus=1, concurrency_groups={"mail": 1})(Member)
     members = [actor.remote() for rank in range(3)]
-    calls = [each.script.remote(members, rank, inline_bytes, piece_bytes) for rank, each in enumerate(members)]
+    doors = {rank: ray.get(members[rank].door.remote()) for rank in neighbours}
+    calls = [
+        each.script.remote(members, rank, doors if rank in doors else {}, inline_bytes, piece_bytes)
+        for rank, each in enumerate(members)
+    ]
     results = ray.get(calls, timeout=60)
     for member in members:
         ray.kill(member)
@@ -67,7 +82,7 @@ def test_a_worker_that_cannot_be_reached_is_told_of(ray_cluster: None, monkeypat
     with pytest.raises(RayError):
         RayCollective([None, other], Inbox(), [0, 1], 0).exchange({1: "to nobody"})
     inbox = Inbox()
-    inbox.put(((0, 1), 1, 1), (b"", []))  # the other's message came before it died
+    inbox.put(((0, 1), 1, 1), Envelope())  # the other's message came before it died
 
     def both() -> None:
         group = RayCollective([None, other], inbox, [0, 1], 0)

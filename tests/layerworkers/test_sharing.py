@@ -7,14 +7,17 @@ from billhook.layerworkers.sharing import Work, share_out
 @pytest.mark.parametrize("selections", [0, 10, 10_000])
 def test_every_row_is_solved_once_and_ranges_are_whole_partitions(workers: int, selections: int) -> None:
     linears = [Work(rows, 1e9 * rows, selections) for rows in (64, 576, 1500)]
-    for work, ranges in zip(linears, share_out(linears, workers, 256), strict=True):
+    for work, ranges in zip(linears, share_out(linears, workers, 256, 2e-3), strict=True):
         assert len(ranges) == workers
         assert [row for start, stop in ranges for row in range(start, stop)] == list(range(work.rows))
         assert all(start % 256 == 0 for start, _ in ranges)
 
 
 def test_rows_are_split_when_selection_is_local_and_linears_dealt_when_it_is_dear() -> None:
-    split = share_out([Work(1024, 1e10, 0)], 2, 256)
+    split = share_out([Work(1024, 1e10, 0)], 2, 256, 2e-3)
     assert split == [[(0, 512), (512, 1024)]]
-    dealt = share_out([Work(1024, 1e6, 12), Work(1024, 1e6, 12)], 2, 256)
-    assert sorted(dealt) == [[(0, 0), (0, 1024)], [(0, 1024), (0, 0)]]
+    two = [Work(1024, 1e8, 12), Work(1024, 1e8, 12)]
+    assert sorted(share_out(two, 2, 256, 2e-3)) == [[(0, 0), (0, 1024)], [(0, 1024), (0, 0)]]
+    one = [Work(1024, 1e9, 12)]
+    assert share_out(one, 2, 256, 2e-3) == [[(0, 1024), (0, 0)]]
+    assert share_out(one, 2, 256, 2e-4) == [[(0, 512), (512, 1024)]]

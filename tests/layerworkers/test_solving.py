@@ -71,12 +71,14 @@ def solved_by(
     pattern: Pattern,
     dtype: torch.dtype,
     parking: Callable[[], Parking | None] = lambda: None,
+    exchange_seconds: float = 2e-3,
 ) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
     table = METHODS[method]
     tasks = [LinearTask(name, name, pattern, method, table.options()) for name in weights]
     partitions = 0 if table.statistic is None else 6
-    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, partitions, 16)
+    sizes = (4, partitions, 16)
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", *sizes, exchange_seconds=exchange_seconds)
     numbered = list(enumerate(inputs))
 
     def work(group: Any) -> list[Solved]:
@@ -90,14 +92,11 @@ def solved_by(
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])
 @pytest.mark.parametrize("ways", ["split", "dealt"])
-def test_any_number_of_workers_gives_the_same_bytes(
-    run_group: Any, method: str, pattern: Pattern, ways: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_number_of_workers_gives_the_same_bytes(run_group: Any, method: str, pattern: Pattern, ways: str) -> None:
     cost = 0.0 if ways == "split" else 1e9
-    monkeypatch.setattr("billhook.layerworkers.sharing.SECONDS_PER_EXCHANGE", cost)
     (reference,) = solved_by(1, run_group, method, pattern, torch.bfloat16)
     for workers in (2, 3, 5):
-        for each in solved_by(workers, run_group, method, pattern, torch.bfloat16):
+        for each in solved_by(workers, run_group, method, pattern, torch.bfloat16, exchange_seconds=cost):
             assert [one.report for one in each] == [other.report for other in reference]
             for one, other in zip(each, reference, strict=True):
                 assert torch.equal(one.weight.view(torch.int16), other.weight.view(torch.int16))
@@ -153,10 +152,9 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
     run_group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would hold a Gram beside the factor that it is sent."""
-    monkeypatch.setattr("billhook.layerworkers.sharing.SECONDS_PER_EXCHANGE", 0.0)  # all solve
     weights, inputs = problem(torch.bfloat16)
     tasks = [LinearTask(name, name, NM(2, 4), "sparsegpt", METHODS["sparsegpt"].options()) for name in weights]
-    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6, 16)
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6, 16, exchange_seconds=0.0)  # all solve
     sums: dict[int, list[weakref.ref[Any]]] = {}
     alive: list[bool] = []
     solve_share = solving._solve_share

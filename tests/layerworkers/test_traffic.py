@@ -22,14 +22,17 @@ PARTITIONS, COLUMNS = 7, 300
 ROWS = {"q": 96, "k": 40, "v": 33}
 
 
-def moved(run_group: Any, workers: int, method: str, pattern: Pattern) -> list[list[int]]:
+def moved(run_group: Any, workers: int, method: str, pattern: Pattern, exchange_seconds: float) -> list[list[int]]:
     """Solve a group of linears; return what each worker moved, exchange by exchange."""
     table = METHODS[method]
     torch.manual_seed(0)
     weights = {name: torch.randn(rows, COLUMNS).bfloat16() for name, rows in ROWS.items()}
     inputs = torch.randn(PARTITIONS, 400, COLUMNS)
     linears = tuple(LinearTask(name, name, pattern, method, table.options()) for name in weights)
-    task = BlockTask(0, (), (), linears, "lockstep", "", 1, PARTITIONS if table.statistic else 0, 16)
+    task = BlockTask(
+        *(0, (), (), linears, "lockstep", "", 1, PARTITIONS if table.statistic else 0, 16),
+        exchange_seconds=exchange_seconds,
+    )
 
     def work(group: Any) -> list[int]:
         counts: list[int] = []
@@ -56,13 +59,13 @@ def moved(run_group: Any, workers: int, method: str, pattern: Pattern) -> list[l
 def test_predicted_and_measured_bytes_agree(
     run_group: Any, method: str, pattern: Pattern, workers: int, ways: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("billhook.layerworkers.sharing.SECONDS_PER_EXCHANGE", 0.0 if ways == "split" else 1e9)
+    exchange_seconds = 0.0 if ways == "split" else 1e9
     monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 10_000)
     table = METHODS[method]
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     partitions = PARTITIONS if table.statistic else 0
-    predicted = group_traffic(matrices, table, pattern, table.options(), partitions, 16, workers)
-    counts = moved(run_group, workers, method, pattern)
+    predicted = group_traffic(matrices, table, pattern, table.options(), partitions, 16, workers, exchange_seconds)
+    counts = moved(run_group, workers, method, pattern, exchange_seconds)
     measured = sum(map(sum, counts))
     assert predicted.moved_bytes == pytest.approx(measured, rel=0.01)
     if workers > 1:
@@ -75,8 +78,8 @@ def test_predicted_and_measured_bytes_agree(
 def test_nothing_moves_twice_for_rows_that_are_left_alone(run_group: Any) -> None:
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     table, pattern = METHODS["wanda"], Unstructured(Fraction(0))
-    predicted = group_traffic(matrices, table, pattern, table.options(), PARTITIONS, 16, 3)
-    assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern)))
+    predicted = group_traffic(matrices, table, pattern, table.options(), PARTITIONS, 16, 3, 0.0)
+    assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern, 0.0)))
 
 
 def test_the_nodes_of_a_range_are_those_that_folding_leaves() -> None:
