@@ -13,8 +13,8 @@ from torch import Tensor
 
 from billhook.kernels.compiled import compiled
 
-KEY_BINS = 1 << 16
-"""Bins of each of the two histograms of :func:`high_histogram` and :func:`low_histogram`."""
+KEY_LEVELS = (11, 11, 10)
+"""Bits of a key that each of the histograms resolves which find a threshold: they fit the fastest cache."""
 
 
 def smallest_reference(score: Tensor, count: int) -> Tensor:
@@ -51,23 +51,16 @@ def smallest_in_groups(score_RC: Tensor, keep: int, group: int) -> Tensor:
     return smallest_in_rows(score_RC.reshape(-1, group), group - keep).view_as(score_RC)
 
 
-def high_histogram(score: Tensor) -> Tensor:
-    """Count the scores by the upper 16 bits of their sortable keys: [KEY_BINS] int64."""
+def histogram(score: Tensor, known: int, prefix: int, bits: int) -> Tensor:
+    """Count, of the scores whose keys begin with ``known`` bits of ``prefix``, the next ``bits``: [2^bits] int64."""
     if score.device.type == "cpu":
-        counts = torch.zeros(KEY_BINS, dtype=torch.int64)
-        compiled(_high_loop)(_bits(score).numpy(), counts.numpy())
-        return counts
-    return torch.bincount(sortable_keys(score) >> 16, minlength=KEY_BINS)
-
-
-def low_histogram(score: Tensor, high: int) -> Tensor:
-    """Count by the lower 16 bits of their keys the scores whose upper 16 bits are ``high``: [KEY_BINS] int64."""
-    if score.device.type == "cpu":
-        counts = torch.zeros(KEY_BINS, dtype=torch.int64)
-        compiled(_low_loop)(_bits(score).numpy(), high, counts.numpy())
+        counts = torch.zeros(1 << bits, dtype=torch.int64)
+        compiled(_count_loop)(_bits(score).numpy(), known, prefix, bits, counts.numpy())
         return counts
     keys = sortable_keys(score)
-    return torch.bincount(keys[(keys >> 16) == high] & 0xFFFF, minlength=KEY_BINS)
+    return torch.bincount(
+        (keys[keys >> (32 - known) == prefix] >> (32 - known - bits)) & ((1 << bits) - 1), minlength=1 << bits
+    )
 
 
 def bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
@@ -101,18 +94,13 @@ def _bits(score: Tensor) -> Tensor:
 # The loops below compute the keys of `sortable_keys` on the fly; the bits of -0.0 are the lowest int32.
 
 
-def _high_loop(bits: Any, counts: Any) -> None:
-    for b in bits:
-        signed = 0 if b == -2147483648 else (b ^ 0x7FFFFFFF if b < 0 else b)
-        counts[(signed + 2147483648) >> 16] += 1
-
-
-def _low_loop(bits: Any, high: int, counts: Any) -> None:
+def _count_loop(bits: Any, known: int, prefix: int, next_bits: int, counts: Any) -> None:
+    last = (1 << next_bits) - 1
     for b in bits:
         signed = 0 if b == -2147483648 else (b ^ 0x7FFFFFFF if b < 0 else b)
         key = signed + 2147483648
-        if key >> 16 == high:
-            counts[key & 0xFFFF] += 1
+        if key >> (32 - known) == prefix:
+            counts[(key >> (32 - known - next_bits)) & last] += 1
 
 
 def _below_loop(bits: Any, threshold: int, ties_wanted: int, mask: Any) -> None:

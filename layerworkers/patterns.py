@@ -107,17 +107,19 @@ class Selector:
         return self._smallest_over_owners(score_RC, self.pattern.sparsity)
 
     def _smallest_over_owners(self, score_RC: Tensor, sparsity: Fraction) -> Tensor:
-        """Find the k-th smallest of all owners exactly: two histograms of the 32-bit keys, 16 bits each."""
-        high = self._gather_histograms(kernels.high_histogram(score_RC))
-        count = int(sparsity * int(high.sum()))
-        if count == 0:
-            return torch.zeros_like(score_RC, dtype=torch.bool)
-        high_bin, before_bin = kernels.bin_of(high.sum(dim=0), count)
-        low = self._gather_histograms(kernels.low_histogram(score_RC, high_bin))
-        low_bin, before_key = kernels.bin_of(low.sum(dim=0), count - before_bin)
-        ties_wanted = count - before_bin - before_key
-        ties_before = int(low[: self.owners.rank, low_bin].sum())
-        return kernels.below_with_ties(score_RC, (high_bin << 16) | low_bin, ties_wanted - ties_before)
+        """Find the k-th smallest of all owners exactly, a few bits of its key at a time."""
+        known, prefix, wanted = 0, 0, -1
+        for bits in kernels.KEY_LEVELS:
+            counts = self._gather_histograms(kernels.histogram(score_RC, known, prefix, bits))
+            total = counts.sum(dim=0)
+            if known == 0:
+                wanted = int(sparsity * int(total.sum()))
+                if wanted == 0:
+                    return torch.zeros_like(score_RC, dtype=torch.bool)
+            bin_index, before = kernels.bin_of(total, wanted)
+            known, prefix, wanted = known + bits, prefix << bits | bin_index, wanted - before
+        ties_before = int(counts[: self.owners.rank, bin_index].sum())
+        return kernels.below_with_ties(score_RC, prefix, wanted - ties_before)
 
     def _gather_histograms(self, histogram: Tensor) -> Tensor:
         """Return the histograms of all owners, [owners, bins]."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.kernels.products import row_partitions
+from billhook.kernels.select import KEY_LEVELS
 from billhook.layerworkers.collective import Rows
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import NM, Pattern
@@ -52,7 +53,7 @@ def share_out(linears: Sequence[Work], workers: int, partition_rows: int, exchan
     dealt, dealt_flops = _deal(linears, workers)
     split_seconds = sum(
         work.flops * max(stop - start for start, stop in ranges) / work.rows / FLOPS_PER_SECOND
-        + 2 * work.selections * exchange_seconds * (workers > 1)
+        + len(KEY_LEVELS) * work.selections * exchange_seconds * (workers > 1)
         for work, ranges in zip(linears, split, strict=True)
     )
     return split if split_seconds < dealt_flops / FLOPS_PER_SECOND else dealt

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from billhook.kernels.select import KEY_BINS
+from billhook.kernels.select import KEY_LEVELS
 from billhook.layerworkers.collective import Load, Rows, messages
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
@@ -85,11 +85,11 @@ def _from_one(load: Load, copies: int) -> Traffic:
 
 
 def _selections(selections: int, owners: int) -> Traffic:
-    """Return the traffic of finding thresholds over all rows: each owner sends two histograms to each other."""
+    """Return the traffic of finding thresholds over all rows: each owner sends its histograms to each other."""
     if owners == 1:
         return NOTHING
-    sent = 2 * selections * (owners - 1) * 4 * KEY_BINS
-    return Traffic(owners * sent, sent, 2 * selections)
+    sent = selections * (owners - 1) * sum(4 << bits for bits in KEY_LEVELS)
+    return Traffic(owners * sent, sent, len(KEY_LEVELS) * selections)
 
 
 def _rows(matrices: Sequence[Matrix], ranges: Sequence[Sequence[Rows]], workers: int) -> Traffic:

@@ -4,11 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook.kernels.select import (
-    KEY_BINS,
+    KEY_LEVELS,
     below_with_ties,
     bin_of,
-    high_histogram,
-    low_histogram,
+    histogram,
     smallest_in_groups,
     smallest_in_rows,
     smallest_reference,
@@ -18,9 +17,12 @@ from billhook.kernels.select import (
 
 def by_histograms(score: torch.Tensor, count: int) -> torch.Tensor:
     """The selection as it is done over several workers, on one."""
-    high_bin, before_bin = bin_of(high_histogram(score), count)
-    low_bin, before_key = bin_of(low_histogram(score, high_bin), count - before_bin)
-    return below_with_ties(score, (high_bin << 16) | low_bin, count - before_bin - before_key)
+    known = prefix = 0
+    for bits in KEY_LEVELS:
+        bin_index, before = bin_of(histogram(score, known, prefix, bits), count)
+        known, prefix, count = known + bits, prefix << bits | bin_index, count - before
+    assert known == 32
+    return below_with_ties(score, prefix, count)
 
 
 SCORES = st.lists(
@@ -43,10 +45,10 @@ def test_histograms_and_kthvalue_agree_with_the_reference(values: list[float], d
     assert torch.equal(by_histograms(score, count), expected)
     assert torch.equal(smallest_in_rows(score[None], count)[0], expected)
     keys = sortable_keys(score)
-    assert torch.equal(high_histogram(score), torch.bincount(keys >> 16, minlength=KEY_BINS))
+    assert torch.equal(histogram(score, 0, 0, 16), torch.bincount(keys >> 16, minlength=1 << 16))
     high = int(keys[0] >> 16)
-    low = torch.bincount(keys[(keys >> 16) == high] & 0xFFFF, minlength=KEY_BINS)
-    assert torch.equal(low_histogram(score, high), low)
+    low = torch.bincount(keys[(keys >> 16) == high] & 0xFFFF, minlength=1 << 16)
+    assert torch.equal(histogram(score, 16, high, 16), low)
     assert torch.equal(keys.argsort(stable=True), torch.sort(score + 0.0, stable=True).indices)
 
 
