@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_check.py [--device cuda|cpu] [--folder DIR]
 
-Holds the column sweep against its reference in float64, and times it beside a copy of as many bytes. Prunes a synthetic
+Holds Grams, thresholds and the column sweep against their references, and times the sweep beside a copy of as many
+bytes. Prunes a synthetic
 checkpoint with every way of keeping things and checks that all give the same bytes, that the GPU's measured peak is
 within what was planned, and that verify finds nothing. Prints one JSON document.
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,28 @@ def check(device: str, folder: Path) -> dict[str, Any]:
         assert len(manifests) == 1, f"{method}: the bytes depend on where things are kept"
     rates = plan(model, method="magnitude", device=device).rates
     name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor()
+    statistics_and_thresholds(device)
     return {"device": name, "rates": vars(rates), "sweeps": sweeps(device), "runs": runs}
+
+
+def statistics_and_thresholds(device: str) -> None:
+    """Check Grams against float64, and what is selected against what a CPU selects."""
+    from billhook.kernels.gram import add_gram_, gram_reference
+    from billhook.layerworkers.collective import Alone
+    from billhook.layerworkers.patterns import Selector, Unstructured
+
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for columns in (97, 2049, 5000):
+            x_TC = torch.randn(300, columns).to(dtype).to(device)
+            gram_CC = torch.zeros(columns, columns, device=device)
+            add_gram_(gram_CC, x_TC)
+            expected_CC = gram_reference(x_TC)
+            difference = float((gram_CC.double() - expected_CC).tril().abs().max() / expected_CC.abs().max())
+            assert difference < 1e-5, f"Gram of {columns} channels in {dtype}: {difference:g} from the reference"
+    score_RC = torch.randint(0, 1000, (1000, 128)).float()
+    select = Selector(Unstructured(Fraction(1, 2)), False, Alone())
+    assert torch.equal(select(score_RC.to(device)).cpu(), select(score_RC)), "other entries are chosen than on a CPU"
 
 
 def sweeps(device: str) -> list[dict[str, Any]]:

@@ -5,7 +5,9 @@
 SmolLM2-135M, 32 samples of 512 tokens, on all cores of this machine: billhook, the plain flow of `reference_flow.py`,
 and llm-compressor, run by PYTHON, of an environment that has it (`make bench` makes one). All get the same tokens. They
 take turns for ``--rounds`` rounds; each figure is a median. *work* is the time from the begin of the first block to the
-finished checkpoint; *whole* is that of the whole command. Memory is measured in a run of its own, as the largest sum of
+finished checkpoint (of the plain flow, it includes embedding the samples; of llm-compressor, all of ``oneshot``, with
+the preparation of samples and the tracing of the model); *whole* is that of the whole command. Memory is measured in a
+run of its own, as the largest sum of
 the proportional set sizes of all processes; of billhook's, with one worker, Ray's own processes are shown apart.
 Perplexity is that of the first 32 windows of 1024 tokens of the text. Results go to ``benchmarks/results/peers.json``.
 """
@@ -41,6 +43,7 @@ RECIPES = {
 }
 SAMPLES, SEQLEN = 32, 512
 SAMPLING_SECONDS = 0.1
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def main() -> None:
                     print(recipe, tool, rounds[tool][-1], flush=True)
             rows = results.setdefault("rows", {}).setdefault(recipe, {})
             for tool, command in TOOLS.items():
+                _run(tool, command(work, output, method, pattern, 0), output, False)
+                perplexity = _perplexity(output, arguments.text)
                 measured = _run(tool, command(work, output, method, pattern, 1), output, True)
                 rows[tool] = {
                     "work_seconds": round(statistics.median(run.work_seconds for run in rounds[tool]), 1),
@@ -96,7 +101,7 @@ def main() -> None:
                     "all_work_seconds": [round(run.work_seconds, 1) for run in rounds[tool]],
                     "peak_bytes": measured.peak_bytes,
                     "peak_bytes_of_ray": measured.peak_bytes_of_ray,
-                    "perplexity": round(_perplexity(output, arguments.text), 2),
+                    "perplexity": round(perplexity, 2),
                 }
                 print(recipe, tool, rows[tool], flush=True)
             for tool in TOOLS:
@@ -167,8 +172,8 @@ def _watch(process: psutil.Popen) -> tuple[int, int]:
         total = of_ray = 0
         for each in [process, *process.children(recursive=True)]:
             try:
-                size = each.memory_full_info().pss
-                of_ray += size if "/ray/" in " ".join(each.cmdline()[:3]) else 0
+                size, title = each.memory_full_info().pss, " ".join(each.cmdline()[:3])
+                of_ray += size if "/ray/" in title or title.strip() in RAY_AGENTS else 0
                 total += size
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 pass

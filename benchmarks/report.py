@@ -93,18 +93,20 @@ def limit(results: dict[str, Any]) -> list[str]:
         "## Against the limit",
         "",
         f"{results['model']}, {results['options']['samples']} samples of {results['options']['seqlen']} tokens: "
-        "seconds of one block, by part, over what its products would take at the rate of a large one, measured in the "
-        "same run.",
+        "seconds of one block, by part: measured / predicted from what its products take at the rate of a large one, "
+        "and messages at the rate of a copy, measured in the same run.",
         "",
         "    python benchmarks/scaling.py measure --folder DIR",
         "",
     ]
     runs = {name: run for name, run in results.items() if isinstance(run, dict) and "measured_parts" in run}
-    parts = list(next(iter(runs.values()))["measured_parts"]) if runs else []
+    if not runs:
+        raise SystemExit("results/scaling.json has no parts: run benchmarks/scaling.py measure again")
+    parts = list(next(iter(runs.values()))["predicted_parts"])
     rows = [
         [
             name,
-            *(f"{run['measured_parts'][part]:.2f} / {run['predicted_parts'].get(part, 0.0):.2f}" for part in parts),
+            *(f"{run['measured_parts'][part]:.2f} / {run['predicted_parts'][part]:.2f}" for part in parts),
             f"{run['predicted_seconds'] / run['measured_seconds']:.0%}",
         ]
         for name, run in runs.items()

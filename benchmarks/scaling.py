@@ -72,12 +72,13 @@ def _smollm2() -> Path:
 def measure(model: Path, folder: Path) -> None:
     """Prune in every way and write the results."""
     results: dict[str, Any] = {"model": model.name, "options": OPTIONS, "machine": {"cores": os.cpu_count()}}
-    for method, pattern in RUNS:
-        for workers in (1, 2):
-            name = f"{method} {pattern}, {workers} worker(s)"
-            results[name] = run(model, folder / "out", method=method, pattern=pattern, workers=workers)
-            print(f"{name:40s} {results[name]}", flush=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        for method, pattern in RUNS:
+            for workers in (1, 2):
+                name = f"{method} {pattern}, {workers} worker(s)"
+                results[name] = run(model, Path(own) / "out", method=method, pattern=pattern, workers=workers)
+                print(f"{name:40s} {results[name]}", flush=True)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def run(model: Path, output: Path, **options: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"  # as in a worker; read when SciPy is imported
+
 import torch
 from reference_flow import BLOCK_COLUMNS, sparsegpt
 from threadpoolctl import threadpool_limits

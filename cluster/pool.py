@@ -51,6 +51,9 @@ BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 """A worker that has said nothing for so long is taken for dead."""
 
+NOTICE_SECONDS = 5.0
+"""How long Ray may take to say that a worker has died, when another has noticed."""
+
 START_SECONDS = 120.0
 """How long the processes of the workers may take to start."""
 
@@ -348,15 +351,33 @@ class WorkerPool:
             if isinstance(cause, InputError | RunError):
                 raise type(cause)(str(cause)) from None
             if isinstance(cause, RayError | ConnectionError):  # in the middle of an exchange with one that died
-                raise BlockLostError(f"a worker lost touch with another: {cause}") from error
+                dead = self._dead_among(calls)
+                raise dead or BlockLostError(f"a worker lost touch with another: {cause}") from error
             raise BlockLostError(f"a worker failed: {error}") from error
         except RayActorError as error:
-            reason = str(error).strip().splitlines()[-1].partition("Some common causes")[0].strip()
-            raise self._lost(
-                list(calls).index(call), f"died ({reason}); its machine may have run out of memory"
-            ) from error
+            raise self._died(list(calls).index(call), error) from error
         except RayError as error:
             raise BlockLostError(f"Ray failed: {error}") from error
+
+    def _dead_among(self, calls: Sequence[Any]) -> BlockLostError | None:
+        """Return who has died, once Ray says so; None where it does not within :data:`NOTICE_SECONDS`."""
+        pending, until = list(calls), time.monotonic() + NOTICE_SECONDS
+        while pending and (left := until - time.monotonic()) > 0:
+            done, pending = ray.wait(pending, timeout=left)
+            for call in done:
+                try:
+                    ray.get(call)
+                except RayTaskError:
+                    pass  # as lost as we are
+                except RayActorError as error:
+                    return self._died(list(calls).index(call), error)
+                except RayError:
+                    pass
+        return None
+
+    def _died(self, rank: int, error: RayActorError) -> BlockLostError:
+        reason = str(error).strip().splitlines()[-1].partition("Some common causes")[0].strip()
+        return self._lost(rank, f"died ({reason}); its machine may have run out of memory")
 
     def _lost(self, rank: int, what: str) -> BlockLostError:
         log = _tail(self.whereabouts[rank]) if self.whereabouts else ""

@@ -1,6 +1,6 @@
 """Second moments of a linear's input: the Gram matrix and its diagonal.
 
-Legend: T tokens, C input channels of the linear.
+Legend: T tokens, C input channels of the linear, B those of a band, L those up to its last.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def add_gram_by_bands_(gram_CC: Tensor, x_TC: Tensor, band_rows: int = BAND_ROWS
     """
     for start in range(0, gram_CC.shape[0], band_rows):
         stop = min(start + band_rows, gram_CC.shape[0])
-        band, rows = gram_CC[start:stop, :stop], x_TC[:, start:stop].T
+        band_BL, x_BT, x_TL = gram_CC[start:stop, :stop], x_TC[:, start:stop].T, x_TC[:, :stop]
         if x_TC.dtype.itemsize == 2:
-            band += torch.mm(rows, x_TC[:, :stop], out_dtype=torch.float32)
+            band_BL += torch.mm(x_BT, x_TL, out_dtype=torch.float32)
         else:
-            band.addmm_(rows.float(), x_TC[:, :stop].float())
+            band_BL.addmm_(x_BT.float(), x_TL.float())
 
 
 def mirror_lower_(a_CC: Tensor) -> None:

@@ -58,9 +58,9 @@ def histogram(score: Tensor, known: int, prefix: int, bits: int) -> Tensor:
         compiled(_count_loop)(_bits(score).numpy(), known, prefix, bits, counts.numpy())
         return counts
     keys = sortable_keys(score)
-    return torch.bincount(
-        (keys[keys >> (32 - known) == prefix] >> (32 - known - bits)) & ((1 << bits) - 1), minlength=1 << bits
-    )
+    if known:
+        keys = keys[keys >> (32 - known) == prefix]
+    return torch.bincount((keys >> (32 - known - bits)) & ((1 << bits) - 1), minlength=1 << bits)
 
 
 def bin_of(histogram: Tensor, count: int) -> tuple[int, int]:

@@ -60,20 +60,25 @@ def sweep_groups_reference(w_RB: Tensor, u_BB: Tensor, keep: int, group: int) ->
 
 def sweep_masked(w_RB: Tensor, u_BB: Tensor, prune_RB: Tensor) -> Tensor:
     """Do what :func:`sweep_masked_reference` does, in one kernel where there is one for the tensors' device."""
-    if not _has_kernel(w_RB.device):
+    if not _has_kernel(w_RB):
         return sweep_masked_reference(w_RB, u_BB, prune_RB)
     return _sweep(w_RB, u_BB, prune_RB, 0, w_RB.shape[1])
 
 
 def sweep_groups(w_RB: Tensor, u_BB: Tensor, keep: int, group: int) -> Tensor:
     """Do what :func:`sweep_groups_reference` does, in one kernel where there is one for the tensors' device."""
-    if not _has_kernel(w_RB.device):
+    if not _has_kernel(w_RB):
         return sweep_groups_reference(w_RB, u_BB, keep, group)
     return _sweep(w_RB, u_BB, torch.zeros_like(w_RB, dtype=torch.bool), group - keep, group)
 
 
-def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cpu" or find_spec("triton") is not None
+WIDEST_ON_GPU = 512
+"""Columns of a block up to which a tile of its rows stays in a GPU's registers."""
+
+
+def _has_kernel(w_RB: Tensor) -> bool:
+    on_gpu = w_RB.device.type != "cpu"
+    return not on_gpu or (w_RB.shape[1] <= WIDEST_ON_GPU and find_spec("triton") is not None)
 
 
 def _sweep(w_RB: Tensor, u_BB: Tensor, prune_RB: Tensor, remove: int, group: int) -> Tensor:
@@ -121,7 +126,8 @@ def _loop(w: Any, u: Any, prune: Any, remove: int, group: int, error: Any) -> No
                     before[:] = 0
                     for k in range(stop - start):
                         for i in range(TILE_ROWS):
-                            before[i] += score[k, i] < score[j, i] or (k < j and score[k, i] == score[j, i])
+                            # Of two that are equal the left one goes first; NaN, in this order, is never all that goes.
+                            before[i] += not score[k, i] > score[j, i] if k < j else score[k, i] < score[j, i]
                     for i in range(TILE_ROWS):
                         gone[start + j, i] = gone[start + j, i] or before[i] < remove
             for left in range(start, stop, TOGETHER):

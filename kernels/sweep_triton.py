@@ -1,6 +1,7 @@
 """The column sweep on a GPU: one Triton program for a tile of rows, which stays in registers for the whole block.
 
-See :mod:`billhook.kernels.sweep` for what is computed. With ``TRITON_INTERPRET=1`` it runs on a CPU, slowly.
+See :mod:`billhook.kernels.sweep` for what is computed; R and B are rows and columns of the block here, too. With
+``TRITON_INTERPRET=1`` it runs on a CPU, slowly.
 """
 
 from __future__ import annotations

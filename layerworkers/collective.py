@@ -190,6 +190,7 @@ def gather_rows_(group: Collective, tensors: Sequence[Tensor], ranges: Sequence[
             if rank != group.rank:
                 for part, array in zip(of_rank, received[rank], strict=True):
                     part.copy_(from_bytes(array, part))
+        del received  # before the next ones come
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, Any]:

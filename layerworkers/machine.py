@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from threadpoolctl import threadpool_info
@@ -24,6 +25,7 @@ def machine_facts(device: str) -> dict[str, str]:
     }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(0)
+        facts["triton"] = version("triton") if find_spec("triton") is not None else "none"
     return facts
 
 

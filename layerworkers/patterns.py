@@ -76,6 +76,16 @@ def parse_pattern(text: str, sparsity: float | None) -> Pattern:
     return pattern
 
 
+def refuse_nan(score_RC: Tensor) -> None:
+    """Check scores, or what was computed from them.
+
+    Raises:
+        RunError: when one is NaN.
+    """
+    if torch.isnan(score_RC).any():
+        raise RunError("a score is NaN: the statistics or the weights of this linear overflowed float32")
+
+
 @dataclass(frozen=True)
 class Selector:
     """Chooses which entries of a linear to remove: the only way in which a method may do so.
@@ -98,8 +108,7 @@ class Selector:
         Raises:
             RunError: when a score is NaN.
         """
-        if torch.isnan(score_RC).any():
-            raise RunError("a score is NaN: the statistics or the weights of this linear overflowed float32")
+        refuse_nan(score_RC)
         if isinstance(self.pattern, NM):
             return kernels.smallest_in_groups(score_RC, self.pattern.keep, self.pattern.group)
         if self.within_rows:

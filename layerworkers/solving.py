@@ -128,6 +128,7 @@ def _reduce(
                 ],
                 partitions,
             )
+        del gathered  # before the next ones come
     for node in nodes:
         if not isinstance(node.total, Tensor):
             node.total.give_up()

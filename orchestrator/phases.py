@@ -19,7 +19,7 @@ from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
-from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS, is_local, share_out, work_of
+from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS, NEAR_EXCHANGE_SECONDS, is_local, share_out, work_of
 from billhook.layerworkers.skeleton import Footprint
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
@@ -39,6 +39,9 @@ WORKER_BYTES = 65 << 20
 
 HELD_SLACK = 1.15
 """Memory that many small pieces take for each byte in them."""
+
+STORE_BANDS = 3
+"""Bands of each worker that Ray's object store has room for."""
 
 MIN_STORE_BYTES = 80 << 20
 """Smallest object store that Ray starts with."""
@@ -68,8 +71,13 @@ class Job:
     pattern: Pattern
     samples: int
     """0 for methods that need none."""
-    exchange_seconds: float = FAR_EXCHANGE_SECONDS
-    """Between workers."""
+    near: bool = False
+    """Whether all workers are on one machine."""
+
+    @property
+    def exchange_seconds(self) -> float:
+        """Of an exchange between workers."""
+        return NEAR_EXCHANGE_SECONDS if self.near else FAR_EXCHANGE_SECONDS
 
     @property
     def partitions(self) -> int:
@@ -119,8 +127,8 @@ def processes_bytes(workers: int, own: int) -> int:
 
 
 def store_bytes(workers: int) -> int:
-    """Return the size of Ray's object store, all of which is in use sooner or later where there are several workers."""
-    return 0 if workers == 1 else max(MIN_STORE_BYTES, 3 * workers * BAND_BYTES)
+    """Return the size of Ray's object store: what workers send each other is in it, or as much is elsewhere."""
+    return 0 if workers == 1 else max(MIN_STORE_BYTES, STORE_BANDS * workers * BAND_BYTES)
 
 
 def block_phases(
@@ -241,9 +249,20 @@ def _solving(
         if workers > 1 and statistic:
             held += (workers + 1) * BAND_BYTES
         solution = sum(own * columns * linear.item_bytes for own, linear in zip(rows, linears, strict=True))  # in RAM
+        if job.near:
+            solution += _messages_bytes(linears, workers)
         working = 4 * at_once * columns + method.extra_bytes(at_once, columns) if at_once else 0
         needs.append(Need(held + working, solution, 0))
     return needs
+
+
+def _messages_bytes(linears: Sequence[Linear], workers: int) -> int:
+    """Return what workers of one machine hold of each other's rows, beyond what is planned for Ray's store.
+
+    Between them nothing goes through that. Of each other worker a message is there, and the next may be.
+    """
+    share = sum(linear.shape[0] * linear.shape[1] * linear.item_bytes for linear in linears) // workers
+    return max(0, 2 * (workers - 1) * min(BAND_BYTES, share) - STORE_BANDS * BAND_BYTES)
 
 
 def _weights(block: Block, recipe: Recipe) -> Need:

@@ -11,7 +11,6 @@ from typing import Unpack
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry
-from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS, NEAR_EXCHANGE_SECONDS
 from billhook.layerworkers.tasks import BlockTask, LinearTask
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.devices import (
@@ -250,8 +249,7 @@ def _connection(supposed: Supposition, rates: Rates) -> Connection:
 def _job(request: Request, resources: Resources, supposed: Supposition) -> Job:
     options = request.method.options(**request.options)
     near = resources.address is None and supposed == NOTHING_SUPPOSED
-    exchange_seconds = NEAR_EXCHANGE_SECONDS if near else FAR_EXCHANGE_SECONDS
-    return Job(request.recipe, request.method, options, request.pattern, request.samples, exchange_seconds)
+    return Job(request.recipe, request.method, options, request.pattern, request.samples, near)
 
 
 def _tiers(resources: Resources) -> dict[str, str]:

@@ -14,7 +14,7 @@ from billhook.kernels.products import row_partitions
 from billhook.kernels.sweep import sweep_groups, sweep_masked
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
-from billhook.layerworkers.patterns import NM, Pattern, Selector
+from billhook.layerworkers.patterns import NM, Pattern, Selector, refuse_nan
 from billhook.layerworkers.problem import LinearProblem, inverse_factor_load
 from billhook.layerworkers.statistics import GRAM
 
@@ -63,6 +63,8 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
         corner_BB = factor_CC[start:stop, start:stop]
         if isinstance(select.pattern, NM):
             error_RB = sweep_groups(block_RB, corner_BB, select.pattern.keep, select.pattern.group)
+            refuse_nan(error_RB)
+            refuse_nan(block_RB)
             removed += int(select.pattern.sparsity * block_RB.numel())
         else:
             prune_RB = select((block_RB / corner_BB.diagonal()).square())

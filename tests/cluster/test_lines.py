@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from billhook.cluster import lines as module
 from billhook.cluster.exchange import Inbox
 from billhook.cluster.lines import SECRET_BYTES, Door, Lines, pickled, unpickled
 
@@ -57,7 +58,6 @@ def test_parts_arrive_together_and_in_order() -> None:
 def test_who_does_not_know_the_secret_is_not_listened_to() -> None:
     listener, stranger = Listener(), Listener()
     stranger.lines.connect({0: dataclasses.replace(listener.door, secret=bytes(SECRET_BYTES))})
-    stranger.lines.send(0, [b"run this"])
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(f"\0{listener.door.name}")
         line.sendall(pickle.dumps("run that, without any secret, but longer than one would be"))
@@ -67,6 +67,7 @@ def test_who_does_not_know_the_secret_is_not_listened_to() -> None:
     friend.lines.send(0, [b"hello"])
     assert listener.received.get(timeout=10) == [b"hello"]
     assert listener.received.empty()
+    assert not stranger.lines.reach(0)
     assert listener.door.secret.hex() not in repr(listener.door)
 
 
@@ -74,6 +75,17 @@ def test_where_nobody_listens_there_is_no_line() -> None:
     lines = Listener().lines
     lines.connect({0: Door("nobody", bytes(SECRET_BYTES))})
     assert not lines.reach(0)
+
+
+def test_one_who_does_not_answer_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "INTRODUCTION_SECONDS", 0.2)
+    name = "billhook-test-that-nobody-answers"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"\0{name}")
+        silent.listen()
+        lines = Listener().lines
+        lines.connect({0: Door(name, bytes(SECRET_BYTES))})
+        assert not lines.reach(0)
 
 
 def test_both_ends_hear_of_a_line_that_breaks() -> None:

@@ -271,3 +271,12 @@ def test_statistics_are_sums() -> None:
     for part in x.split(100):
         add_gram_(parts, part)
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("column", range(40, 44))
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)])
+def test_sparsegpt_does_not_hide_a_nan(pattern: Pattern, column: int) -> None:
+    w = weights()
+    w[5, column] = torch.nan
+    with pytest.raises(RunError, match="NaN"):
+        solve("sparsegpt", w, activations(), pattern)
