@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ TRY_SECONDS = 20.0
 """How long a reservation may take before what is free is looked at again: a node may have died meanwhile."""
 
 LOOK_SECONDS = 0.5
+
+ANSWER_SECONDS = 3.0
+"""How long a node may take to accept a connection."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,27 @@ def free_places(share: Share) -> int:
     )
 
 
+def silent_nodes() -> list[str]:
+    """Return the addresses of the nodes that Ray takes to be alive, but that accept no connection.
+
+    Ray asks such a node for its share of a placement group, and until that request fails, after minutes, it grants no
+    other group.
+    """
+    return [
+        node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and not _accepts(node["NodeManagerAddress"], node["NodeManagerPort"])
+    ]
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def reserve(most: int, enough: int, share: Share, patience_seconds: float) -> Reservation:
     """Reserve places for as many workers as there is room for, ``most`` at most and one at least.
 
@@ -77,9 +102,13 @@ def reserve(most: int, enough: int, share: Share, patience_seconds: float) -> Re
         RunError: when there is no place for a single one, or Ray does not answer.
     """
     begin = time.monotonic()
+    silent: list[str] = []
     try:
         while time.monotonic() < begin + PLACEMENT_SECONDS:
             places = free_places(share)
+            if silent := silent_nodes():
+                time.sleep(LOOK_SECONDS)
+                continue
             if places < enough and (not places or time.monotonic() < begin + patience_seconds):
                 time.sleep(LOOK_SECONDS)
                 continue
@@ -87,6 +116,8 @@ def reserve(most: int, enough: int, share: Share, patience_seconds: float) -> Re
             if found is not None:
                 return found
         reason = f"the cluster has {ray.cluster_resources()}, of which {ray.available_resources()} is free"
+        if silent:
+            reason += f", and {', '.join(silent)} does not answer"
     except RayError as error:
         raise RunError(f"Ray does not answer: {error}; run the same command again to go on") from error
     raise RunError(f"no worker of {share} could be placed within {PLACEMENT_SECONDS:g} s: {reason}")
