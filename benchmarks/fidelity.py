@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from machine import this_machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -72,7 +72,7 @@ def main() -> None:
     document = _previous() if arguments.resume else {}
     document |= {
         "command": "python benchmarks/fidelity.py --calibration wikitext2-valid.txt --text wikitext2-raw-test.txt",
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": this_machine(),
     }
     figures: dict[str, dict[str, dict[str, float]]] = document.setdefault("figures", {})
     with ray_session(None, arguments.workers, 0, 256 << 20):
@@ -123,13 +123,6 @@ def _summary(row: Row, figures: dict[str, dict[str, float]]) -> dict[str, object
 def _previous() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     return content
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 
@@ -112,7 +112,7 @@ def run(case: Case, folder: Path) -> dict[str, object]:
         "measured_disk_bytes": document["peak_bytes"]["disk"],
         "seconds": round(document["seconds"], 1),
         "block_loop_seconds": round(loop, 1),
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": this_machine(),
     }
 
 

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from machine import this_machine
 from memory import Shape, loop_seconds, make
 
 RESULTS = Path(__file__).parent / "results" / "overlap.json"
@@ -40,7 +41,7 @@ def main() -> None:
 
     from billhook.cluster.session import ray_session
 
-    results: dict[str, Any] = {"machine": {"cores": os.cpu_count()}, "shape": SHAPE.name}
+    results: dict[str, Any] = {"machine": this_machine(), "shape": SHAPE.name}
     with ray_session(None, 2, 0, 96 << 20), tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         for name, (samples, seqlen) in TOKENS.items():
             rounds = []

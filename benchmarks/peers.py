@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import this_machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -75,7 +75,7 @@ def main() -> None:
     from smollm2 import smollm2_folder
 
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results["machine"] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    results["machine"] = this_machine()
     results["versions"] = {name: version(name) for name in ("torch", "transformers", "ray")} | {
         "llmcompressor": _peer_version(arguments.peer_python)
     }
@@ -202,13 +202,6 @@ def _perplexity(folder: Path, text: str) -> float:
 def _peer_version(python: str) -> str:
     code = "from importlib.metadata import version; print(version('llmcompressor'))"
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

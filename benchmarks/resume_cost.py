@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import this_machine
 from memory import loop_seconds
 
 RESULTS = Path(__file__).parent / "results" / "resume_cost.json"
@@ -57,7 +58,7 @@ def main() -> None:
     work = [f"--samples={arguments.samples}", f"--seqlen={arguments.seqlen}"]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         output = Path(folder).resolve() / "out"
-        result: dict[str, Any] = {"model": arguments.model.name, "options": work, "machine": {"cores": os.cpu_count()}}
+        result: dict[str, Any] = {"model": arguments.model.name, "options": work, "machine": this_machine()}
         result |= share(arguments.model, output, work)
         print(result, flush=True)
         ratios = []

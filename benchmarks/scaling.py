@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import this_machine
+
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 TITLE = "## Figures\n"
@@ -71,7 +73,7 @@ def _smollm2() -> Path:
 
 def measure(model: Path, folder: Path) -> None:
     """Prune in every way and write the results."""
-    results: dict[str, Any] = {"model": model.name, "options": OPTIONS, "machine": {"cores": os.cpu_count()}}
+    results: dict[str, Any] = {"model": model.name, "options": OPTIONS, "machine": this_machine()}
     with tempfile.TemporaryDirectory(dir=folder) as own:
         for method, pattern in RUNS:
             for workers in (1, 2):

@@ -23,6 +23,7 @@ from typing import Any
 os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"  # as in a worker; read when SciPy is imported
 
 import torch
+from machine import this_machine
 from reference_flow import BLOCK_COLUMNS, sparsegpt
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=4096)
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"machine": {"cores": os.cpu_count()}, "size": arguments.size}
+    results: dict[str, Any] = {"machine": this_machine(), "size": arguments.size}
     torch.manual_seed(0)
     weight_RC = torch.randn(arguments.size, arguments.size)
     x_TC = torch.randn(2 * arguments.size, arguments.size) @ torch.diag(torch.rand(arguments.size) + 0.1)

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import this_machine
 from memory import loop_seconds
 
 RESULTS = Path(__file__).parent / "results" / "workers.json"
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["bytes", "time"])
     arguments = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results |= {"machine": {"cores": os.cpu_count()}, "model": arguments.model.name}
+    results |= {"machine": this_machine(), "model": arguments.model.name}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.only != "time":
             results["sha256"] = {}
