@@ -1,6 +1,6 @@
 """One to four workers on a real model: the same bytes for every method and pattern, and how much sooner two are done.
 
-    python benchmarks/workers.py --model DIR [--pairs 3] [--only bytes|time]
+    python benchmarks/workers.py --model DIR [--pairs 3] [--only bytes|time] [--recipe "sparsegpt 2:4" ...]
 
 *bytes* prunes the model with every method, unstructured and 2:4, with 1, 2, 3 and 4 workers, and compares the hash of
 every file. *time* compares the block loop of one and of two single-threaded workers, in turns, start-up excluded, and
@@ -35,13 +35,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", choices=["bytes", "time"])
+    parser.add_argument("--recipe", action="append", choices=[" ".join(recipe) for recipe in RECIPES])
     arguments = parser.parse_args()
+    wanted = [recipe for recipe in RECIPES if " ".join(recipe) in (arguments.recipe or map(" ".join, RECIPES))]
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     results |= {"machine": this_machine(), "model": arguments.model.name}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.only != "time":
-            results["sha256"] = {}
-            for method, pattern in RECIPES:
+            results.setdefault("sha256", {})
+            for method, pattern in wanted:
                 runs = (prune(arguments.model, Path(folder) / "out", method, pattern, n, 8, 128) for n in (1, 2, 3, 4))
                 results["sha256"][f"{method} {pattern}"] = {str(n): run["sha256"] for n, run in enumerate(runs, 1)}
                 write(results)
@@ -49,8 +51,8 @@ def main() -> None:
             results["same_bytes"] = all(alike)
             write(results)
         if arguments.only != "bytes":
-            results["time"] = {}
-            for method, pattern in RECIPES[:4]:
+            results.setdefault("time", {})
+            for method, pattern in [recipe for recipe in wanted if recipe in RECIPES[:4]]:
                 rounds = [
                     [prune(arguments.model, Path(folder) / "out", method, pattern, n, 32, 512) for n in (1, 2)]
                     for _ in range(arguments.pairs)
