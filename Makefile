@@ -1,11 +1,11 @@
-# make demo | make test | make test-faults | make test-nodes | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make test-faults | make test-nodes | make test-families | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo test test-faults test-nodes bench lint format clean
+.PHONY: setup demo test test-faults test-nodes test-families bench lint format clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: setup
 # Some hundred kills and disk errors, each in a run of its own: about an hour.
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults --all-faults
+
+# Every family with four recipes, end to end; writes docs/families.md.
+test-families: setup
+	$(BIN)/python -m pytest tests/all_families
 
 # Nodes with networks, disks and processes of their own, some of which lose their power; `ray up` over ssh, and a job in
 # Slurm, where sshd, rsync, nft and Slurm are installed: needs root.

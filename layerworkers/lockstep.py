@@ -2,7 +2,8 @@
 
 Each sample runs the unmodified block in a greenlet of its own. When all have stood before the linears of an input
 group, the group is solved and its sparse weights are put into the block; then all go on. So every linear is fitted to
-inputs that already went through the sparse linears before it, in one forward pass.
+inputs that already went through the sparse linears before it, in one forward pass. Groups of one stage, such as those
+of several experts, are passed one after the other, and solved together.
 
 What the waiting samples hold can be kept in three ways, which give the same bits:
 
@@ -23,57 +24,59 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from billhook.layerworkers.experts import Experts
 from billhook.layerworkers.live import LiveTensors, ParkedTensors
 from billhook.layerworkers.scratch import Parking
-from billhook.layerworkers.skeleton import Arguments
+from billhook.layerworkers.skeleton import Arguments, InputGroup
+from billhook.layerworkers.stages import Stage
 
-Arriving = Iterator[tuple[int, Tensor]]
-"""(position of the sample, its input [1, T, C]) as the samples arrive at a group; an input lasts until the next."""
+Arriving = Iterator[tuple[int, InputGroup, Tensor]]
+"""(position of the sample, group, its input [..., C]) as the samples pass a stage; an input lasts until the next."""
 
-OnGroup = Callable[[tuple[str, ...], Arriving], None]
+OnStage = Callable[[Stage, Arriving], None]
 
 
 @torch.inference_mode()
 def run_lockstep(
     block: nn.Module,
-    groups: Sequence[tuple[str, ...]],
+    stages: Sequence[Stage],
     inputs: MutableSequence[Tensor],
     arguments: Arguments | None,
-    on_group: OnGroup,
+    on_stage: OnStage,
     keep: str = "hold",
     parking: Parking | None = None,
 ) -> None:
-    """Replace each of ``inputs`` by the block's output for it, pausing all of them at every group of linears.
+    """Replace each of ``inputs`` by the block's output for it, pausing all of them at every stage.
 
-    groups: names of linears within the block that share one input tensor, in execution order.
+    stages: groups of linears that share one input tensor, in execution order.
     inputs: one hidden state per sample, [1, T, H]; may be empty (a worker without samples still solves).
     arguments: the block's other arguments, the same for every sample; None only when there are no samples.
-    on_group: called with each group and its arriving inputs, before any linear of it runs; it must take them all.
+    on_stage: called with each stage and the inputs of its groups, before any linear of it runs; it must take them all.
     keep: ``hold``, ``spill`` (to ``parking``) or ``replay``.
 
     The outputs are bit-equal to those of the plain forward with the final weights.
     """
-    samples = _PausedSamples(block, groups, inputs, arguments, keep == "replay")
+    samples = _PausedSamples(block, stages, inputs, arguments, keep == "replay")
     try:
-        for group in groups:
+        for stage in stages:
             if keep == "replay":
-                arriving = samples.replay_to(group)
+                arriving = samples.replay_to(stage)
             else:
-                arriving = samples.go_on_to(group, parking if keep == "spill" else None)
-            on_group(group, arriving)
-            assert next(arriving, None) is None, f"not every sample's input of {group[0]} was taken"
+                arriving = samples.go_on_to(stage, parking if keep == "spill" else None)
+            on_stage(stage, arriving)
+            assert next(arriving, None) is None, f"not every sample's input of {stage[0].stop} was taken"
         samples.leave()
     finally:
         samples.close()
 
 
 class _PausedSamples:
-    """The samples of one block, each in a greenlet that stops at the leaders of the groups."""
+    """The samples of one block, each in a greenlet that stops where the groups do."""
 
     def __init__(
         self,
         block: nn.Module,
-        groups: Sequence[tuple[str, ...]],
+        stages: Sequence[Stage],
         inputs: MutableSequence[Tensor],
         arguments: Arguments | None,
         again: bool,
@@ -82,9 +85,9 @@ class _PausedSamples:
         self._again = again
         self._block, self._inputs, self._arguments = block, inputs, arguments
         self._hub = getcurrent()
-        self._leader_of = {name: group[0] for group in groups for name in group}
-        self._leader_input: dict[str, weakref.ref[Tensor]] = {}
-        self._leader_inputs: list[dict[str, weakref.ref[Tensor]]] = [{} for _ in inputs]
+        self._stop_of = stops_of(block, [group for stage in stages for group in stage])
+        self._shown: dict[str, weakref.ref[Tensor]] = {}
+        self._shown_by_sample: list[dict[str, weakref.ref[Tensor]]] = [{} for _ in inputs]
         self._wanted = ""
         self._threads: list[greenlet | None] = [None] * len(inputs)
         self._live = [LiveTensors() for _ in inputs]
@@ -94,20 +97,23 @@ class _PausedSamples:
                 # A hook that returned what `switch` returns would replace the linear's input.
                 lambda _module, given, name=name: self._pause(name, given[0])
             )
-            for name in self._leader_of
+            for name in self._stop_of
         ]
 
-    def go_on_to(self, group: tuple[str, ...], parking: Parking | None) -> Arriving:
-        """Let each sample go on from where it stands to ``group``, and park what it holds if there is a parking."""
+    def go_on_to(self, stage: Stage, parking: Parking | None) -> Arriving:
+        """Let each sample go on from where it stands through ``stage``, and park what it holds, given a parking."""
         for number in range(len(self._threads)):
-            yield number, self._resume(number, group[0], self._live[number].watching() if parking else nullcontext())
+            for group in stage:
+                watching = self._live[number].watching() if parking else nullcontext()
+                yield number, group, self._resume(number, group.stop, watching)
             if parking is not None:
                 self._parked[number] = ParkedTensors(self._own(number), parking)
 
-    def replay_to(self, group: tuple[str, ...]) -> Arriving:
-        """Run each sample from the block's input to ``group``, and forget it again."""
+    def replay_to(self, stage: Stage) -> Arriving:
+        """Run each sample from the block's input through ``stage``, and forget it again."""
         for number in range(len(self._threads)):
-            yield number, self._resume(number, group[0], nullcontext())
+            for group in stage:
+                yield number, group, self._resume(number, group.stop, nullcontext())
             self._stop(number)
 
     def leave(self) -> None:
@@ -130,7 +136,7 @@ class _PausedSamples:
         thread = self._threads[number]
         if thread is None:
             thread = self._threads[number] = greenlet(self._run)
-        self._wanted, self._leader_input = wanted, self._leader_inputs[number]
+        self._wanted, self._shown = wanted, self._shown_by_sample[number]
         with watching:
             stopped = thread.switch(number) if not thread else thread.switch()
         if not wanted:
@@ -156,14 +162,14 @@ class _PausedSamples:
         self._inputs[number] = output_of(self._block(hidden, *args, **kwargs))
 
     def _pause(self, name: str, x: Tensor) -> None:
-        """Run in a sample's greenlet, before a linear: the first of a group waits, the others must share its input."""
-        leader = self._leader_of[name]
-        if leader == name:
-            self._leader_input[name] = weakref.ref(x)
+        """Run in a sample's greenlet: where a group stops it waits, the group's other linears must share the input."""
+        stop = self._stop_of[name]
+        if stop == name:
+            self._shown[name] = weakref.ref(x)
             if name == self._wanted:
                 self._hub.switch(x)
         else:
-            assert self._leader_input[leader]() is x, f"{name} does not see the input of {leader}"
+            assert self._shown[stop]() is x, f"{name} does not see the input of {stop}"
 
     def _stop(self, number: int) -> None:
         thread, self._threads[number] = self._threads[number], None
@@ -183,30 +189,31 @@ def run_plain(block: nn.Module, inputs: MutableSequence[Tensor], arguments: Argu
 @torch.inference_mode()
 def run_observed(
     block: nn.Module,
-    groups: Sequence[tuple[str, ...]],
+    groups: Sequence[InputGroup],
     inputs: Sequence[Tensor],
     arguments: Arguments | None,
-    on_input: Callable[[int, tuple[str, ...], Tensor], None],
+    on_input: Callable[[int, InputGroup, Tensor], None],
 ) -> None:
     """Run the block as it is on every sample for the sake of what enters its linears; the outputs are dropped.
 
-    on_input: called with the sample's position, the group, and its input [1, T, C].
+    on_input: called with the sample's position, the group, and its input [..., C].
     """
-    group_of = {name: group for group in groups for name in group}
+    group_at = {group.stop: group for group in groups}
+    stop_of = stops_of(block, groups)
     current = 0
-    leader_input: dict[str, weakref.ref[Tensor]] = {}
+    shown: dict[str, weakref.ref[Tensor]] = {}
 
     def observe(name: str, x: Tensor) -> None:
-        leader = group_of[name][0]
-        if leader == name:
-            leader_input[name] = weakref.ref(x)
-            on_input(current, group_of[name], x)
+        stop = stop_of[name]
+        if stop == name:
+            shown[name] = weakref.ref(x)
+            on_input(current, group_at[name], x)
         else:
-            assert leader_input[leader]() is x, f"{name} does not see the input of {leader}"
+            assert shown[stop]() is x, f"{name} does not see the input of {stop}"
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(lambda _module, given, name=name: observe(name, given[0]))
-        for name in group_of
+        for name in stop_of
     ]
     try:
         for current in range(len(inputs)):
@@ -216,6 +223,19 @@ def run_observed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def stops_of(block: nn.Module, groups: Sequence[InputGroup]) -> dict[str, str]:
+    """Return where each group stops: by that module's name, and by those of its linears that can be told to see it.
+
+    An expert may show another input than it computes with; see :class:`billhook.layerworkers.experts.Experts`.
+    """
+    inside = tuple(f"{path}." for path, module in block.named_modules() if isinstance(module, Experts))
+    return {
+        name: group.stop
+        for group in groups
+        for name in (group.stop, *(each for each in group.linears if not each.startswith(inside)))
+    }
 
 
 def output_of(result: Any) -> Tensor:

@@ -134,6 +134,11 @@ class LinearProblem:
         self.dampings = tried.tolist()
         return Normalised(norms_C, gram_CC, inverse_CC)
 
+    def forget(self) -> None:
+        """Give up the statistic and the factorisations."""
+        self.statistic = None
+        self._answers.clear()
+
     def _climb(
         self,
         factorise_: Callable[[Tensor, Sequence[float]], list[float]],

@@ -72,6 +72,14 @@ def total(nodes: Iterable[Node], partitions: int) -> Tensor:
     return whole if isinstance(whole, Tensor) else whole.take()
 
 
+def give_up(nodes: list[Node]) -> None:
+    """Empty the list, and give up the places of what is parked."""
+    for node in nodes:
+        if not isinstance(node.total, Tensor):
+            node.total.give_up()
+    nodes.clear()
+
+
 def node_count(start: int, stop: int) -> int:
     """Return how many nodes :func:`fold` leaves of the partitions from ``start`` to ``stop``."""
     count = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,11 +56,26 @@ class TensorEntry:
     start_bytes: int
     """Offset from the beginning of the file."""
     stop_bytes: int
+    transposed: bool = False
+    """Whether it is stored as the transpose of the matrix that is meant: of a linear's weight [inputs, outputs]."""
 
     @property
     def size_bytes(self) -> int:
         """Bytes of data."""
         return self.stop_bytes - self.start_bytes
+
+    @property
+    def meant_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that is meant."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def item(self, number: int) -> TensorEntry:
+        """Return the entry of one item along the first dimension, which has a name of its own: ``name[number]``."""
+        size = self.size_bytes // self.shape[0]
+        start = self.start_bytes + number * size
+        return replace(
+            self, name=f"{self.name}[{number}]", shape=self.shape[1:], start_bytes=start, stop_bytes=start + size
+        )
 
 
 def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
@@ -107,10 +122,21 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
 
 
 def read_tensor(entry: TensorEntry, read: Read = read_bytes) -> Tensor:
-    """Read one tensor in its dtype on disk, on the CPU; of a dtype that torch lacks, its bytes as uint8 [size]."""
+    """Read one tensor as it is meant, in its dtype on disk, on the CPU.
+
+    Of a dtype that torch lacks, its bytes are returned as uint8 [size].
+    """
     data = read(entry.path, entry.start_bytes, entry.size_bytes)
     dtype = DTYPES.get(entry.dtype)
-    return data if dtype is None else data.view(dtype).view(entry.shape)
+    if dtype is None:
+        return data
+    stored = data.view(dtype).view(entry.shape)
+    return stored.t().contiguous() if entry.transposed else stored
+
+
+def as_stored(entry: TensorEntry, tensor: Tensor) -> Tensor:
+    """Return a tensor that :func:`read_tensor` gave, or another in its place, as it lies on disk."""
+    return tensor.t().contiguous() if entry.transposed else tensor
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int, read: Read = read_bytes) -> Tensor:

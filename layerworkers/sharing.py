@@ -59,6 +59,31 @@ def share_out(linears: Sequence[Work], workers: int, partition_rows: int, exchan
     return split if split_seconds < dealt_flops / FLOPS_PER_SECOND else dealt
 
 
+def share_out_stage(
+    groups: Sequence[Sequence[Work]],
+    shared_flops: Sequence[float],
+    workers: int,
+    partition_rows: int,
+    exchange_seconds: float,
+) -> list[list[list[Rows]]]:
+    """Return, for each linear of each input group, the rows of each worker.
+
+    A single group is shared out by :func:`share_out`. Several are dealt out whole, so that no worker waits for what
+    another does with its own. shared_flops: of what the linears of each group share, its factorisation.
+    """
+    if len(groups) == 1 or workers == 1:
+        return [share_out(own, workers, partition_rows, exchange_seconds) for own in groups]
+    whole = [
+        Work(1, sum(work.flops for work in group) + shared, 0)
+        for group, shared in zip(groups, shared_flops, strict=True)
+    ]
+    dealt, _ = _deal(whole, workers)
+    return [
+        [[(0, work.rows if own != (0, 0) else 0) for own in owners] for work in group]
+        for group, owners in zip(groups, dealt, strict=True)
+    ]
+
+
 def _split(rows: int, workers: int, partition_rows: int) -> list[Rows]:
     partitions = list(row_partitions(rows, partition_rows))
     return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,39 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.experts import Experts, Parts, Stop, part_of, stacked_names
+from billhook.layerworkers.families import ROUTERS, Stacked, stacked_experts
 from billhook.layerworkers.live import LiveTensors
+from billhook.layerworkers.shards import TensorEntry
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block, without the hidden state."""
 
 
 @dataclass(frozen=True)
+class InputGroup:
+    """Linears of a block that share one input tensor; names are within the block."""
+
+    stop: str
+    """The module before which samples wait, whose input it is: the first of the linears, or what shows it earlier."""
+    linears: tuple[str, ...]
+    """In execution order; none where experts are chosen: the input is then which each token is sent to."""
+    experts: str = ""
+    """The experts that the linears belong to; empty: none."""
+    share: float = 1.0
+    """Of all tokens, those that come here where experts are sent as many each."""
+    second: bool = False
+    """Whether the linears end their experts."""
+    number: int = 0
+    """Of the expert."""
+
+
+@dataclass(frozen=True)
 class BlockFacts:
     """How a block computes, found by running it on the meta device."""
 
-    input_groups: tuple[tuple[str, ...], ...]
-    """Linears by the input tensor that they share, in execution order; names within the block."""
+    input_groups: tuple[InputGroup, ...]
+    """In execution order."""
     returns_tuple: bool
 
 
@@ -43,7 +64,7 @@ class Footprint:
     running_bytes: int
     """Most that is alive at once while it runs, its input included."""
     waiting_bytes: dict[str, int]
-    """What is alive while it waits before a linear, its input included; by the linear's name."""
+    """What is alive while it waits for a group of linears, its input included; by the name of the stop."""
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -53,7 +74,6 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
         InputError: when there is none, or transformers does not know the architecture.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = folder / "config.json"
     if not path.is_file():
@@ -67,29 +87,60 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             "(an architecture with its own code needs --trust-remote-code)"
         ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    if _auto_class(config) is None and not remote:
         raise InputError(
-            f"{path}: model_type {getattr(config, 'model_type', None)!r} is no causal language model of transformers "
-            "(an architecture with its own code needs --trust-remote-code)"
+            f"{path}: model_type {getattr(config, 'model_type', None)!r} is neither a causal language model of "
+            "transformers nor one of image and text (an architecture with its own code needs --trust-remote-code)"
         )
     return config
+
+
+def _auto_class(config: Any) -> Any:
+    """Return transformers' class that makes a model for a config, with its images where it takes any; None: neither."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
 class Skeleton:
     """A causal language model whose parameters are on the meta device; buffers are real, on ``device``."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        separate_experts: bool | None = None,
+        route_all: bool = False,
+    ):
+        """separate_experts: whether each has tensors of its own on disk; None: as transformers would save them.
+
+        route_all: experts show what they would make of all tokens.
+        """
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
         self.config = load_config(folder, trust_remote_code)
         self.dtype, self.device = dtype, device
         with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(
+            self.model: Any = (_auto_class(self.config) or AutoModelForCausalLM).from_config(
                 self.config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         self.model.eval()
         self.model.tie_weights()
+        self._stock_state = self.model.state_dict()
+        self._rules, self._converters = _conversion_rules(self.model)
+        self._transposed: set[str] = set()
+        """Names of weights that are stored as their transposes."""
+        self._unstack_experts(separate_experts)
+        self._turn_convolutions()
         self.blocks_path, block_list = _find_blocks(self.model)
         self.blocks: list[nn.Module] = list(block_list)
         self._block_list = block_list
@@ -98,43 +149,80 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+        if route_all:
+            for path, experts in self._experts().items():
+                if not experts.can_show_all:
+                    raise InputError(
+                        f"--route all: {type(self.model).__name__} scales what an expert is sent by how much it is "
+                        f"wanted ({path}), so that there is nothing to show to the others; leave --route out"
+                    )
+                experts.shown_all = frozenset(range(experts.count))
         self._find_facts()
 
     def module_names(self, disk_names: Sequence[str]) -> dict[str, str]:
         """Map names on disk to names in the module, by transformers' own renaming rules.
 
         Raises:
-            InputError: when a tensor would have to be merged with others to fit the module (fused experts).
+            InputError: when a tensor would have to be merged with others to fit the module, in a way that is not that
+                of experts.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-        state = self.model.state_dict()
+        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         names: dict[str, str] = {}
         for disk_name in disk_names:
-            name, converted = rename_source_key(disk_name, renamings, converters, self.model.base_model_prefix, state)
+            name, converted = rename_source_key(
+                disk_name, renamings, self._converters, self.model.base_model_prefix, self._stock_state
+            )
             if converted is not None:
-                raise InputError(
-                    f"tensor {disk_name}: transformers merges it with others while loading "
-                    f"({type(self.model).__name__}); mixtures of experts and other merged layouts are not supported yet"
-                )
+                name = self._name_in_experts(disk_name, name)
             names[disk_name] = name
         return names
+
+    def parameters_in(self, name: str, entry: TensorEntry) -> dict[str, TensorEntry]:
+        """Return which parameters a tensor on disk, whose name in the module is ``name``, holds, and where in it."""
+        path, _, leaf = name.rpartition(".")
+        experts = self._module(path)
+        if isinstance(experts, Experts) and leaf in (*experts.parts.first, experts.parts.second):
+            names = [f"{path}.{number}.{leaf}.weight" for number in range(experts.count)]
+            if entry.shape[:1] != (experts.count,) or len(entry.shape) != 3:
+                raise InputError(
+                    f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, config.json implies "
+                    f"{experts.count} experts"
+                )
+            return {
+                each: replace(entry.item(number), transposed=each in self._transposed)
+                for number, each in enumerate(names)
+            }
+        return {name: replace(entry, transposed=name in self._transposed)}
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether every expert can be shown tokens that are not sent to it."""
+        return all(experts.can_show_all for experts in self._experts().values())
+
+    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter as it is stored."""
+        return {
+            name: tuple(parameter.shape)[:: -1 if name in self._transposed else 1]
+            for name, parameter in self.model.named_parameters()
+        }
 
     def facts(self, index: int) -> BlockFacts:
         """Return how block ``index`` computes."""
         return self._facts[index]
 
     def stem_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters before and after the blocks by module name, without embedding and head matrices."""
+        """Return the parameters before and after the blocks by module name, without embedding and head matrices.
+
+        Those of parts that text does not pass, such as an image encoder, are not among them.
+        """
         skipped = {id(module.weight) for module in (self._embedding(), self._head()) if module is not None}
+        passed = tuple(f"{_name_of(self.model, module)}." for module in (self._owner, self._head_module()))
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if not name.startswith(self.blocks_path + ".") and id(parameter) not in skipped
+            if not name.startswith(self.blocks_path + ".") and id(parameter) not in skipped and name.startswith(passed)
         }
 
     def embedding_name(self) -> str:
@@ -215,8 +303,7 @@ class Skeleton:
 
         def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
             block = self.blocks[index]
-            leaves = [tuple(leaf.shape) for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
-            kind = (type(block), str(leaves), str([(name, p.shape) for name, p in block.named_parameters()]))
+            kind = _kind(block, arguments)
             if kind not in found:
                 found[kind] = _footprint_on_meta(block, given, arguments, self._facts[index].input_groups)
             by_block.append(found[kind])
@@ -225,11 +312,107 @@ class Skeleton:
         self._visit_blocks(tokens, visit)
         return by_block
 
+    def _module(self, path: str) -> nn.Module | None:
+        try:
+            module: nn.Module = self.model.get_submodule(path)
+        except AttributeError:
+            return None
+        return module
+
+    def _experts(self) -> dict[str, Experts]:
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, Experts)}
+
+    def _name_in_experts(self, disk_name: str, stacked_name: str) -> str:
+        """Return the parameter for a tensor of one expert, which transformers would stack with others."""
+        path = stacked_name.rpartition(".")[0]
+        experts, part = self._module(path), part_of(disk_name)
+        if isinstance(experts, Experts) and part is not None:
+            number, leaf = part
+            if number < experts.count and leaf in (*experts.parts.first, experts.parts.second):
+                return f"{path}.{number}.{leaf}.weight"
+        raise InputError(
+            f"tensor {disk_name}: transformers makes {stacked_name} of it and others while loading "
+            f"({type(self.model).__name__}), which billhook cannot do yet"
+        )
+
+    def _unstack_experts(self, separate: bool | None) -> None:
+        """Replace transformers' stacked experts by linears, which are called as on disk."""
+        stacks = [
+            (path, module, layout)
+            for path, module in self.model.named_modules()
+            if (layout := stacked_experts(module)) is not None
+        ]
+        for path, module, layout in stacks:
+            parts = self._parts_on_disk(path, layout)
+            if parts is None and separate:
+                raise InputError(
+                    f"{type(self.model).__name__}: each expert has tensors of its own on disk, and transformers has no "
+                    f"rule that stacks them to {path}"
+                )
+            if parts is None or separate is False:
+                up, down = stacked_names(layout)
+                parts = Parts((up,), down)
+                if layout.is_transposed:
+                    numbers = range(len(getattr(module, up)))
+                    self._transposed |= {f"{path}.{number}.{part}.weight" for number in numbers for part in (up, down)}
+            parent, _, leaf = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, Experts(module, layout, parts))
+
+    def _parts_on_disk(self, path: str, layout: Stacked) -> Parts | None:
+        """Return what transformers' rules call the linears of one expert; None where they are stacked on disk."""
+        names = []
+        for stacked in stacked_names(layout):
+            rules = [
+                rule
+                for rule in self._converters
+                if any(
+                    f"{path}.{stacked}".endswith(target.replace("\\", "").lstrip("^."))
+                    for target in rule.target_patterns
+                )
+            ]
+            if not rules:
+                return None
+            operations = [type(each).__name__ for each in rules[0].operations]
+            if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+                raise InputError(
+                    f"{type(self.model).__name__}: transformers makes {path}.{stacked} by {', '.join(operations)} "
+                    "of tensors on disk, which billhook cannot do yet"
+                )
+            names.append(
+                [
+                    source.rpartition("*.")[2].removesuffix("$").removesuffix(".weight")
+                    for source in rules[0].source_patterns
+                ]
+            )
+        (first, (second,)) = names
+        return Parts(tuple(first), second)
+
+    def _turn_convolutions(self) -> None:
+        """Replace transformers' ``Conv1D``, a linear whose weight is stored as its transpose."""
+        from transformers.pytorch_utils import Conv1D
+
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, Conv1D):
+                linear = nn.Linear(module.nx, module.nf, device="meta", dtype=self.dtype)
+                parent, _, leaf = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), leaf, linear)
+                self._transposed.add(f"{path}.weight")
+
     def _find_facts(self) -> None:
-        """Run every block on the meta device, called as the model calls it for a few tokens."""
+        """Run every kind of block on the meta device, called as the model calls it for a few tokens."""
+        found: dict[object, BlockFacts] = {}
 
         def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
-            self._facts[index] = _run_on_meta(self.blocks[index], given, arguments)
+            kind = _kind(self.blocks[index], arguments)
+            if kind not in found:
+                try:
+                    found[kind] = _run_on_meta(self.blocks[index], given, arguments)
+                except (NotImplementedError, RuntimeError) as error:  # such as where a branch depends on values
+                    raise InputError(
+                        f"{type(self.model).__name__}: block {index} cannot be run without its weights "
+                        f"({str(error).strip().splitlines()[0]}); this architecture is not supported yet"
+                    ) from error
+            self._facts[index] = found[kind]
             return given
 
         self._visit_blocks(8, visit)
@@ -328,15 +511,28 @@ class _HeadStub(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
 
+def _conversion_rules(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return transformers' rules from names and tensors on disk to those of the module, and those that convert."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = get_model_conversion_mapping(model)
+    return rules, [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+
 def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     count = model.config.get_text_config().num_hidden_layers
     names = set(model._no_split_modules or ())
+    decoder = set(model.get_decoder().modules())  # an image encoder may have as many blocks
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and type(module[0]).__name__ in names:
+        if not isinstance(module, nn.ModuleList) or len(module) != count or module not in decoder:
+            continue
+        if not names or type(module[0]).__name__ in names:  # some classes name none
             return name, module
+    kinds = f" of {sorted(names)}" if names else ""
     raise InputError(
-        f"{type(model).__name__}: found no list of {count} blocks whose class is one of {sorted(names)}; "
-        "this architecture is not supported yet"
+        f"{type(model).__name__}: found no list of {count} blocks{kinds} in its decoder; this architecture is not "
+        "supported yet"
     )
 
 
@@ -345,22 +541,72 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return names[0]
 
 
+def _kind(block: nn.Module, arguments: Arguments) -> object:
+    """Return what blocks have in common that compute alike."""
+    leaves, structure = tree_flatten(arguments)
+    shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+    parameters = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
+    return type(block), str(structure), str(shapes), str(parameters)
+
+
 def _run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> BlockFacts:
     """Run a block whose parameters are on the meta device, noting which linears share an input tensor."""
-    groups: dict[int, list[str]] = {}
+    groups: dict[int, InputGroup] = {}
     alive: list[Tensor] = []  # an id is unique only while its tensor lives
+    own = _groups_of_their_own(block)
+
+    shares: dict[str, float] = {}
 
     def note(name: str, x: Tensor) -> None:
         alive.append(x)
-        groups.setdefault(id(x), []).append(name)
+        group = own[name]
+        if group.experts and not group.linears:
+            shares[group.experts] = _share(block.get_submodule(group.experts), x)
+        group = replace(group, share=shares.get(group.experts, 1.0))
+        if id(x) in groups:
+            group = replace(groups[id(x)], linears=(*groups[id(x)].linears, *group.linears))
+        groups[id(x)] = group
 
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    out = _call_on_meta(block, hidden, arguments, linears, note)
-    return BlockFacts(tuple(tuple(names) for names in groups.values()), isinstance(out, tuple))
+    out = _call_on_meta(block, hidden, arguments, list(own), note)
+    return BlockFacts(tuple(groups.values()), isinstance(out, tuple))
+
+
+def _share(experts: nn.Module, routing: Tensor) -> float:
+    """Return the share of the tokens that an expert is fitted to, given which each is sent to: [N, K], or a list."""
+    assert isinstance(experts, Experts)
+    if experts.shown_all:
+        return 1.0
+    choices: int = routing.shape[1] if routing.dim() == 2 else 1
+    return choices / experts.count
+
+
+def _groups_of_their_own(block: nn.Module) -> dict[str, InputGroup]:
+    """Return, for each module that stands for linears, what the group would be if no other shared the input."""
+    experts = {path: module for path, module in block.named_modules() if isinstance(module, Experts)}
+    groups = {}
+    for name, module in block.named_modules():
+        owner = next((path for path in experts if name.startswith(f"{path}.")), "")
+        if isinstance(module, Stop):
+            linears = tuple(f"{owner}.{each}" for each in module.linears())
+            groups[name] = InputGroup(name, linears, owner, second=module.second, number=module.number)
+        elif owner and name == f"{owner}.routed":
+            groups[name] = InputGroup(name, (), owner)
+        elif isinstance(module, nn.Linear) and not owner and not _is_router(block, name):
+            groups[name] = InputGroup(name, (name,))
+    return groups
+
+
+def _is_router(block: nn.Module, name: str) -> bool:
+    """Whether a linear, or a module that it is part of, stands beside experts and is called a router."""
+    parts = name.split(".")
+    return any(
+        part in ROUTERS and hasattr(block.get_submodule(".".join(parts[:depth])), "experts")
+        for depth, part in enumerate(parts)
+    )
 
 
 def _footprint_on_meta(
-    block: nn.Module, hidden: Tensor, arguments: Arguments, groups: tuple[tuple[str, ...], ...]
+    block: nn.Module, hidden: Tensor, arguments: Arguments, groups: tuple[InputGroup, ...]
 ) -> Footprint:
     live = LiveTensors()
     waiting: dict[str, int] = {}
@@ -369,14 +615,14 @@ def _footprint_on_meta(
         waiting[name] = live.size_bytes()
 
     with live.watching():
-        _call_on_meta(block, hidden, arguments, [name for group in groups for name in group], note)
+        _call_on_meta(block, hidden, arguments, [group.stop for group in groups], note)
     return Footprint(hidden.nbytes, live.peak_bytes, waiting)
 
 
 def _call_on_meta(
-    block: nn.Module, hidden: Tensor, arguments: Arguments, linears: Sequence[str], note: Callable[[str, Tensor], None]
+    block: nn.Module, hidden: Tensor, arguments: Arguments, stops: Sequence[str], note: Callable[[str, Tensor], None]
 ) -> Any:
-    """Call a block whose parameters are on the meta device; ``note`` is told of the inputs of ``linears``."""
+    """Call a block whose parameters are on the meta device; ``note`` is told of the inputs of the modules ``stops``."""
 
     def to_meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, Tensor) else value
@@ -386,7 +632,7 @@ def _call_on_meta(
     ]
     handles = [
         block.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
-        for name in linears
+        for name in stops
     ]
     try:
         for module, name, buffer in buffers:

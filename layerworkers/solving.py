@@ -1,4 +1,4 @@
-"""Solve the linears of one input group: reduce the statistics, share out the rows, gather the sparse weights.
+"""Solve the linears of input groups: reduce the statistics, share out the work, gather the sparse weights.
 
 Legend: R rows (outputs), C columns (inputs) of a linear.
 """
@@ -18,13 +18,16 @@ from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
-from billhook.layerworkers.reduction import Node, most_nodes, total
+from billhook.layerworkers.reduction import Node, give_up, most_nodes, total
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.sharing import is_local, share_out, work_of
+from billhook.layerworkers.sharing import is_local, share_out_stage, work_of
 from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 from billhook.layerworkers.triangles import Packed, lower, pack, unpack
+
+DENSE = "dense"
+"""The pattern of a linear from which nothing is removed."""
 
 
 @dataclass(frozen=True)
@@ -48,48 +51,84 @@ class _Facts:
     dampings: list[float]
 
 
-def solve_group(
-    linears: Sequence[LinearTask],
+@dataclass(frozen=True)
+class Together:
+    """Linears that share one input, to be solved by one method."""
+
+    linears: Sequence[LinearTask]
+    nodes: list[Node]
+    """This worker's partial sums of the statistic that the method needs; emptied as they are used."""
+
+
+def solve_stage(
+    groups: Sequence[Together],
     weights: Mapping[str, Tensor],
-    nodes: list[Node],
     task: BlockTask,
     group: Collective,
     device: torch.device,
     watch: Stopwatch,
 ) -> Iterator[LinearReport]:
-    """Prune linears that share one input; collective over ``group``.
+    """Prune the linears of input groups that are known at the same time; collective over ``group``.
+
+    The work is shared out by :func:`billhook.layerworkers.sharing.share_out_stage`.
 
     weights: the dense weights by name on disk, [R, C] in their dtype on disk, on the CPU. On every worker each is
     overwritten by its sparse form before its report is yielded; zeros are positive where anything was removed.
-    nodes: this worker's partial sums of the statistic that the method needs; the list is emptied, so that they are
-    gone before the solves need the room.
 
     Raises:
         RunError: when a solve fails: the linear is named.
     """
-    method = METHODS[linears[0].method]
-    columns = weights[linears[0].disk_name].shape[1]
-    ranges = share_out(
-        [work_of(method, each.pattern, each.options, *weights[each.disk_name].shape) for each in linears],
-        group.size,
-        task.partition_rows,
-        task.exchange_seconds,
+    work = [
+        [
+            work_of(METHODS[each.method], each.pattern, each.options, *weights[each.disk_name].shape)
+            for each in together.linears
+        ]
+        for together in groups
+    ]
+    columns = [weights[together.linears[0].disk_name].shape[1] for together in groups]
+    shared_flops = [
+        METHODS[together.linears[0].method].factor_flops(width) for together, width in zip(groups, columns, strict=True)
+    ]
+    dealt = len(groups) > 1 and group.size > 1
+    ranges = share_out_stage(work, shared_flops, group.size, task.partition_rows, task.exchange_seconds)
+    problems = (
+        _problem(together, own, weights, task, group, device, watch)
+        for together, own in zip(groups, ranges, strict=True)
     )
+    shares: list[_Share | None] = []
+    # Where each has groups of its own, all are reduced before the first is solved: nobody waits for a sum meanwhile.
+    for together, own, problem in zip(groups, ranges, list(problems) if dealt else problems, strict=True):
+        for linear, rows in zip(together.linears, own, strict=True):
+            share = None if problem is None else _solve_share(linear, weights[linear.disk_name], rows, group, problem)
+            shares.append(share)
+        if problem is not None:
+            problem.forget()
+        del problem
+    linears = [linear for together in groups for linear in together.linears]
+    everywhere = [rows for own in ranges for rows in own]
+    yield from _gather_(linears, [weights[linear.disk_name] for linear in linears], everywhere, shares, group)
+
+
+def _problem(
+    together: Together,
+    ranges: Sequence[Sequence[Rows]],
+    weights: Mapping[str, Tensor],
+    task: BlockTask,
+    group: Collective,
+    device: torch.device,
+    watch: Stopwatch,
+) -> LinearProblem | None:
+    """Sum the statistic of an input over all workers; return the problem where there are rows to solve."""
+    method = METHODS[together.linears[0].method]
+    columns = weights[together.linears[0].disk_name].shape[1]
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
     if method.statistic is not None:
         with watch.part("statistics"):
-            reduced = _reduce(method.statistic, columns, nodes, task.partitions, group, solvers[0], device)
-    shares: list[_Share | None] = [None] * len(linears)
-    if group.rank in solvers:
-        problem = LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device, watch)
-        del reduced
-        shares = [
-            _solve_share(linear, weights[linear.disk_name], own, group, problem)
-            for linear, own in zip(linears, ranges, strict=True)
-        ]
-        del problem
-    yield from _gather_(linears, [weights[linear.disk_name] for linear in linears], ranges, shares, group)
+            reduced = _reduce(method.statistic, columns, together.nodes, task.partitions, group, solvers[0], device)
+    if group.rank not in solvers:
+        return None
+    return LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device, watch)
 
 
 def _reduce(
@@ -129,10 +168,7 @@ def _reduce(
                 partitions,
             )
         del gathered  # before the next ones come
-    for node in nodes:
-        if not isinstance(node.total, Tensor):
-            node.total.give_up()
-    nodes.clear()
+    give_up(nodes)
     return reduced if group.rank == root else None
 
 
@@ -218,6 +254,12 @@ def _gather_(
 def _place_(weight: Tensor, rows: Rows, share: _Share | None) -> None:
     if share is not None:
         weight[slice(*rows)] = share.sparse
+
+
+def left_dense(linear: LinearTask, weight: Tensor) -> LinearReport:
+    """Return the report of a linear from which nothing is removed after all."""
+    shape = (weight.shape[0], weight.shape[1])
+    return LinearReport(linear.disk_name, shape, DENSE, "none", 0, _zeros(weight), 0.0, ())
 
 
 def _report(linear: LinearTask, weight: Tensor, facts: Sequence[_Facts]) -> LinearReport:

@@ -78,7 +78,8 @@ class Accumulator:
             self._park_last()
             self._partition = sample // self._partition_samples
             self._subtotal = torch.zeros(self._statistic.shape(self._columns), dtype=torch.float32, device=self._device)
-        self._statistic.add_(self._subtotal, x.reshape(-1, self._columns))
+        if x.numel():  # of an expert's input there may be nothing
+            self._statistic.add_(self._subtotal, x.reshape(-1, self._columns))
 
     def nodes(self, park: bool = False) -> list[Node]:
         """Return the sums, of consecutive partitions, in order, all parked if asked; nothing is left here."""

@@ -30,6 +30,10 @@ class WorkerSetup:
     """Folder for what is kept on ``disk``; empty: the system's for temporary files."""
     output: OutputAccess | None = None
     """None: nothing is written."""
+    separate_experts: bool | None = None
+    """Whether each expert has tensors of its own on disk; None: as transformers would save them."""
+    route_all: bool = False
+    """Whether each expert is fitted to all tokens, rather than to those that are sent to it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,22 @@ class Placement:
     """``device``, ``ram`` or ``disk``: where partial sums wait for their siblings."""
     read_ahead: bool = True
     """Whether the next block is read while this one is computed."""
+    experts_at_once: int = 0
+    """Experts of a layer that are computed, and solved, together; 0: all."""
+
+
+FALLBACKS = ("pool", "magnitude", "dense")
+"""What :class:`Coverage` may name."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many tokens an expert needs, and what becomes of one that has fewer."""
+
+    tokens_per_channel: float = 1.0
+    """Tokens for each channel of its widest input. With fewer than one, its Gram matrix is singular."""
+    fallback: str = "pool"
+    """``pool``: it is fitted to all tokens of its layer; ``magnitude``: its smallest weights go; ``dense``: none do."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,7 @@ class BlockTask:
     """Where the samples' hidden states are kept once they left the block, row by row of sample index; None: nowhere."""
     exchange_seconds: float = FAR_EXCHANGE_SECONDS
     """Time of an exchange between workers: it decides how the solves are shared out, never bytes."""
+    coverage: Coverage = Coverage()
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,12 @@ class LinearReport:
     """Relative squared error of the linear's output, as the method measures it (see its docstring)."""
     dampings: tuple[float, ...]
     """Relative dampings or ridges tried until the factorisation succeeded; empty where there is none."""
+    transposed: bool = False
+    """Whether it is stored as its transpose; ``shape`` is outputs by inputs all the same."""
+    tokens: int | None = None
+    """Calibration tokens that its expert is sent; None where it belongs to none, or is not fitted to these."""
+    fallback: str = ""
+    """What was done because these were too few: one of :data:`FALLBACKS`."""
 
 
 @dataclass(frozen=True)

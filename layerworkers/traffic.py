@@ -1,4 +1,4 @@
-"""What workers move to each other to solve the linears of one input group, from shapes alone: the arithmetic of
+"""What workers move to each other to solve the linears of a stage, from shapes alone: the arithmetic of
 :mod:`billhook.layerworkers.solving`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.sharing import share_out, work_of
+from billhook.layerworkers.sharing import share_out_stage, work_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Matrix:
     item_bytes: int
 
 
-def group_traffic(
-    matrices: Sequence[Matrix],
+def stage_traffic(
+    groups: Sequence[Sequence[Matrix]],
     method: Method,
     pattern: Pattern,
     options: Any,
@@ -57,26 +57,32 @@ def group_traffic(
     workers: int,
     exchange_seconds: float,
 ) -> Traffic:
-    """Return what :func:`billhook.layerworkers.solving.solve_group` moves between ``workers`` workers.
+    """Return what :func:`billhook.layerworkers.solving.solve_stage` moves between ``workers`` workers.
 
-    matrices: those of the linears, which share one input. options: the method's own. exchange_seconds: see
+    groups: of each input group of the stage, the linears. options: the method's own. exchange_seconds: see
     :func:`billhook.layerworkers.sharing.share_out`.
     """
     if workers == 1:
         return NOTHING
-    columns = matrices[0].columns
-    works = [work_of(method, pattern, options, matrix.rows, columns) for matrix in matrices]
-    ranges = share_out(works, workers, partition_rows, exchange_seconds)
-    solvers = [rank for rank in range(workers) if any(own[rank][0] < own[rank][1] for own in ranges)]
-    traffic = Traffic(0, 0, 1) + _from_one(method.shared(columns), len(solvers) - 1)
-    if method.statistic is not None:
-        nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
-        size_bytes = (sum(nodes) - nodes[solvers[0]]) * method.statistic.load(columns).size_bytes
-        rounds = sum(1 for _ in bands(method.statistic.shape(columns), 4 * max(nodes)))
-        traffic += Traffic(size_bytes, size_bytes, rounds)
-    for work, own in zip(works, ranges, strict=True):
-        traffic += _selections(work.selections, sum(start < stop for start, stop in own))
-    return traffic + _rows(matrices, ranges, workers) if pattern.sparsity > 0 else traffic
+    works = [[work_of(method, pattern, options, each.rows, each.columns) for each in group] for group in groups]
+    shared_flops = [method.factor_flops(group[0].columns) for group in groups]
+    ranges = share_out_stage(works, shared_flops, workers, partition_rows, exchange_seconds)
+    traffic = Traffic(0, 0, 1)
+    for matrices, work, own in zip(groups, works, ranges, strict=True):
+        columns = matrices[0].columns
+        solvers = [rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in own)]
+        traffic += _from_one(method.shared(columns), len(solvers) - 1)
+        if method.statistic is not None:
+            nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
+            size_bytes = (sum(nodes) - nodes[solvers[0]]) * method.statistic.load(columns).size_bytes
+            rounds = sum(1 for _ in bands(method.statistic.shape(columns), 4 * max(nodes)))
+            traffic += Traffic(size_bytes, size_bytes, rounds)
+        for each, rows in zip(work, own, strict=True):
+            traffic += _selections(each.selections, sum(start < stop for start, stop in rows))
+    if pattern.sparsity == 0:
+        return traffic
+    matrices = [matrix for group in groups for matrix in group]
+    return traffic + _rows(matrices, [rows for own in ranges for rows in own], workers)
 
 
 def _from_one(load: Load, copies: int) -> Traffic:

@@ -13,7 +13,7 @@ from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.files import bytes_of, read_bytes
 from billhook.layerworkers.output_files import OutputFiles
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.shards import FLOAT_DTYPES, Read, TensorEntry, read_tensor
+from billhook.layerworkers.shards import FLOAT_DTYPES, Read, TensorEntry, as_stored, read_tensor
 from billhook.layerworkers.tasks import ModuleTensor
 
 
@@ -69,7 +69,7 @@ class BlockWriter:
 
         def run() -> None:
             tensor = read_tensor(entry) if data is None else data
-            self._files.write(path, entry.start_bytes, bytes_of(tensor))
+            self._files.write(path, entry.start_bytes, bytes_of(as_stored(entry, tensor)))
 
         self._writes.append(self._thread.submit(run))
 

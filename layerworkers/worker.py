@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,21 +16,18 @@ from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, InputError, RunError
-from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
-from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.fitting import BlockFit
+from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
-from billhook.layerworkers.reduction import Node
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Arguments, Skeleton, same_arguments
-from billhook.layerworkers.solving import solve_group
-from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.solving import Together, left_dense, solve_stage
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
     LinearReport,
-    LinearTask,
     ModuleTensor,
     Sample,
     StemTask,
@@ -38,12 +35,6 @@ from billhook.layerworkers.tasks import (
     WorkerSetup,
 )
 from billhook.layerworkers.transfer import BlockReader, BlockWriter, check_finite
-
-Group = tuple[str, ...]
-"""Names within the block of linears that share one input and are to be pruned."""
-
-Solve = Callable[[Group, list[Node]], None]
-"""Prunes a group, given this worker's sums of the statistic of its input."""
 
 HEAD_SLICE_BYTES = 64 << 20
 """Bytes of the head matrix that are held at once."""
@@ -74,7 +65,12 @@ class BlockWorker:
         else:
             torch.backends.cuda.matmul.allow_tf32 = False
         self._skeleton = Skeleton(
-            Path(setup.source.folder), getattr(torch, setup.dtype), self._device, setup.trust_remote_code
+            Path(setup.source.folder),
+            getattr(torch, setup.dtype),
+            self._device,
+            setup.trust_remote_code,
+            setup.separate_experts,
+            setup.route_all,
         )
         files = files or LocalFiles(setup.output)
         self._reader = BlockReader(setup.output.folder if setup.output is not None else "", files)
@@ -138,11 +134,6 @@ class BlockWorker:
         disk = self._load(task.tensors)
         if task.placement.read_ahead:
             self._reader.begin(task.next_tensors, self._writer.written)
-        linears = {linear.name: linear for linear in task.linears}
-        everything = [
-            tuple(name for name in group if name in linears) for group in self._skeleton.facts(task.index).input_groups
-        ]
-        groups = [group for group in everything if group]
         entries = {tensor.entry.name: tensor for tensor in task.tensors}
         pruned = {linear.disk_name for linear in task.linears}
         own = {entry.name for entry in self._own_share(task)}
@@ -151,17 +142,33 @@ class BlockWorker:
                 self._writer.write(task.output, entry, disk.get(entry.name))
         reports: dict[str, LinearReport] = {}
 
-        def solve(group: Group, nodes: list[Node]) -> None:
-            tasks = [linears[name] for name in group]
+        def solve(groups: Sequence[Together]) -> None:
             with self._watch.part("solving"):
-                for report in solve_group(tasks, disk, nodes, task, self._group, self._device, self._watch):
+                for report in solve_stage(groups, disk, task, self._group, self._device, self._watch):
                     reports[report.name] = report
                     self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
                     if report.name in own:
                         self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
-        fit = self._fit_in_lockstep if task.fit == "lockstep" else self._fit_to_dense_block
-        fit(task, groups, linears, solve)
+        fit = BlockFit(
+            self._skeleton.blocks[task.index],
+            self._skeleton.facts(task.index).input_groups,
+            task,
+            [sample.index for sample in self._samples],
+            self._device,
+            self._parking,
+            self._group,
+            self._watch,
+            solve,
+        )
+        fit.run(self._hidden, self._arguments_of(task.index))
+        for linear in task.linears:
+            name = linear.disk_name
+            if name not in reports:
+                reports[name] = left_dense(linear, disk[name])
+                if name in own:
+                    self._writer.write(task.output, entries[name].entry, disk[name])
+            reports[name] = fit.described(reports[name], linear.name, entries[name].entry.transposed)
         self._check_hidden(task.index)
         with self._watch.part("files"):
             if task.keep is not None:
@@ -178,71 +185,6 @@ class BlockWorker:
             self._watch.read(),
             self._moved_bytes,
         )
-
-    def _fit_in_lockstep(
-        self,
-        task: BlockTask,
-        groups: Sequence[Group],
-        linears: Mapping[str, LinearTask],
-        solve: Solve,
-    ) -> None:
-        def on_group(group: Group, arriving: Arriving) -> None:
-            accumulator = self._accumulator(task, linears[group[0]])
-            for position, x in arriving:
-                if accumulator is not None:
-                    with self._watch.part("statistics"):
-                        accumulator.add(self._samples[position].index, x)
-            solve(group, accumulator.nodes() if accumulator is not None else [])
-
-        run_lockstep(
-            self._skeleton.blocks[task.index],
-            groups,
-            self._hidden,
-            self._arguments_of(task.index),
-            on_group,
-            task.placement.intermediates,
-            self._parking(task.placement.spill_to),
-        )
-
-    def _fit_to_dense_block(
-        self,
-        task: BlockTask,
-        groups: Sequence[Group],
-        linears: Mapping[str, LinearTask],
-        solve: Solve,
-    ) -> None:
-        """Take the statistics of all groups in one pass, or one group after the other where room is short."""
-        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
-        one_by_one = task.placement.intermediates == "replay"
-        nodes: dict[Group, list[Node]] = {group: [] for group in groups}
-        for together in [[group] for group in groups] if one_by_one else [list(groups)]:
-            accumulators = {
-                group: accumulator
-                for group in together
-                if (accumulator := self._accumulator(task, linears[group[0]])) is not None
-            }
-
-            def on_input(
-                position: int, group: Group, x: Tensor, sums: Mapping[Group, Accumulator] = accumulators
-            ) -> None:
-                with self._watch.part("statistics"):
-                    sums[group].add(self._samples[position].index, x)
-
-            run_observed(block, list(accumulators), self._hidden, arguments, on_input)
-            for group, accumulator in accumulators.items():
-                nodes[group] = accumulator.nodes(park=one_by_one)
-        for group in groups:
-            solve(group, nodes.pop(group))
-        run_plain(block, self._hidden, arguments)
-
-    def _accumulator(self, task: BlockTask, linear: LinearTask) -> Accumulator | None:
-        statistic = METHODS[linear.method].statistic
-        if statistic is None:
-            return None
-        columns = self._skeleton.blocks[task.index].get_submodule(linear.name).in_features
-        assert isinstance(columns, int)
-        parking = self._parking(task.placement.statistics)
-        return Accumulator(statistic, columns, task.partition_samples, self._device, parking)
 
     def forward_block(
         self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()

@@ -235,6 +235,8 @@ def _describe(done: BlockReport) -> str:
     worst = max(done.linears, key=lambda linear: linear.error)
     raised = [linear.name for linear in done.linears if len(linear.dampings) > 1]
     notes = f", damping raised for {', '.join(raised)}" if raised else ""
+    if starved := [linear for linear in done.linears if linear.fallback]:
+        notes += f", {len(starved)} linears of experts that few tokens are sent to: {starved[0].fallback}"
     return (
         f"sparsity {sparsity_of(done.linears):.4f}, largest error {worst.error:.4f} ({worst.name}), "
         f"{done.seconds:.1f} s{notes}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def model_card(
         else f"{recipe.samples} samples of {recipe.seqlen} tokens, seed {recipe.seed}, "
         f"tokens sha256 `{calibration_sha256}`"
     )
+    lines += [
+        f"- {count} linears of experts that few calibration tokens were sent to: `{fallback}`"
+        for fallback, count in sorted(Counter(report.fallback for report in reports if report.fallback).items())
+    ]
     body = _BODY.format(
         sparsity=zeros / elements if elements else 0.0,
         method=recipe.method,

@@ -11,7 +11,20 @@ from typing import Any
 from billhook.layerworkers.errors import InputError
 from billhook.orchestrator.journal import Line, read_journal
 
-SOLVE_KEYS = frozenset({"method", "sparsity", "pattern", "options", "fit", "include", "exclude"})
+SOLVE_KEYS = frozenset(
+    {
+        "method",
+        "sparsity",
+        "pattern",
+        "options",
+        "fit",
+        "route",
+        "expert_tokens",
+        "expert_fallback",
+        "include",
+        "exclude",
+    }
+)
 """Keys of a recipe that decide how a block is pruned, but not what goes into it."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ class TensorFacts:
     sparsity: float
     """Zeros over elements."""
     pattern: str
-    """``dense`` (fewer than 1 % zeros), ``unstructured``, or the N:M that all its rows keep to."""
+    """``dense`` (fewer than 1 % zeros), ``unstructured``, or the N:M that all its rows keep to.
+
+    ``N:M transposed`` where its columns do, or those of all matrices that it stacks.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,17 @@ def inspect(checkpoint: str | Path) -> Inspection:
     )
 
 
-def pieces(entry: TensorEntry) -> Iterator[Tensor]:
-    """Yield the tensor in runs of rows of at most CHUNK_BYTES (one row at least), in its dtype on disk."""
+def pieces(entry: TensorEntry, multiple: int = 1) -> Iterator[Tensor]:
+    """Yield the tensor in runs of rows of about CHUNK_BYTES, in its dtype on disk, as it is stored.
+
+    multiple: rows that stay together.
+    """
     if not entry.shape:
         yield read_rows(_with_shape(entry, (1,)), 0, 1)
         return
     if not entry.size_bytes:
         return
-    rows = max(1, CHUNK_BYTES // (entry.size_bytes // entry.shape[0]))
+    rows = max(1, CHUNK_BYTES // (entry.size_bytes // entry.shape[0]) // multiple) * multiple
     for start in range(0, entry.shape[0], rows):
         yield read_rows(entry, start, min(start + rows, entry.shape[0]))
 
@@ -86,15 +93,30 @@ def most_kept(piece: Tensor, group: int) -> int:
     return int((piece.reshape(-1, group) != 0).sum(dim=1).max())
 
 
+def most_kept_down(piece: Tensor, group: int) -> int:
+    """Return the largest number of non-zeros in any ``group`` consecutive entries of a column."""
+    rows, columns = piece.shape[-2:]
+    return int((piece.reshape(-1, rows // group, group, columns) != 0).sum(dim=2).max())
+
+
 def _facts(entry: TensorEntry) -> TensorFacts:
     zeros = 0
-    width = entry.shape[-1] if entry.shape else 1
-    kept = {group: 0 for group in GROUPS if len(entry.shape) > 1 and width % group == 0}
-    for piece in pieces(entry):
+    # A matrix that is stored as its transpose, alone or stacked with others, has its groups down the columns.
+    along = _groups(entry.shape[-1:], len(entry.shape) > 1)
+    down = _groups(entry.shape[-2:-1], len(entry.shape) > 1)
+    for piece in pieces(entry, math.lcm(*GROUPS) if len(entry.shape) == 2 else 1):
         zeros += int((piece == 0).sum())
-        kept = {group: max(most, most_kept(piece, group)) for group, most in kept.items()}
+        along = {group: max(most, most_kept(piece, group)) for group, most in along.items()}
+        down = {group: max(most, most_kept_down(piece, group)) for group, most in down.items()}
     sparsity = zeros / _elements(entry.shape)
-    return TensorFacts(entry.name, entry.shape, entry.dtype, entry.size_bytes, sparsity, _pattern(sparsity, kept))
+    pattern = _pattern(sparsity, along)
+    if pattern == "unstructured" and (other := _pattern(sparsity, down)) != pattern:
+        pattern = f"{other} transposed"
+    return TensorFacts(entry.name, entry.shape, entry.dtype, entry.size_bytes, sparsity, pattern)
+
+
+def _groups(width: tuple[int, ...], matrix: bool) -> dict[int, int]:
+    return {group: 0 for group in GROUPS if matrix and width and width[0] % group == 0}
 
 
 def _pattern(sparsity: float, kept: dict[int, int]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES, TensorEntry
-from billhook.layerworkers.skeleton import Skeleton
+from billhook.layerworkers.skeleton import InputGroup, Skeleton
 from billhook.layerworkers.tasks import ModuleTensor, StemTask
 from billhook.orchestrator.checkpoint import Checkpoint
 
@@ -25,6 +27,11 @@ class Linear:
     item_bytes: int
     """Of one weight on disk."""
 
+    @property
+    def kind(self) -> str:
+        """Name within the block that all experts' linears of this kind share."""
+        return re.sub(r"\.\d+\.", ".*.", self.name)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -36,8 +43,15 @@ class Block:
     """Tensors of the block that are no parameter of the module."""
     linears: tuple[Linear, ...]
     """In execution order."""
+    groups: tuple[InputGroup, ...]
+    """Inputs of linears, by the number that these give."""
     other_matrices: tuple[str, ...]
     """Names on disk of the matrices that are the weight of no linear that runs: left dense."""
+
+    @cached_property
+    def experts(self) -> int:
+        """How many experts its layers have; 0: it has none."""
+        return max((group.number + 1 for group in self.groups if group.experts), default=0)
 
 
 @dataclass(frozen=True)
@@ -59,19 +73,23 @@ def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
     names = skeleton.module_names(list(checkpoint.tensors))
     parameters = dict(skeleton.model.named_parameters()) | dict(skeleton.model.named_buffers())
     by_module: dict[str, TensorEntry] = {}
+    matched: set[str] = set()
     for disk_name, module_name in names.items():
-        entry = checkpoint.tensors[disk_name]
-        if module_name in parameters:
-            expected = tuple(parameters[module_name].shape)
-            if entry.shape != expected:
-                raise InputError(
-                    f"{entry.path}: tensor {disk_name} has shape {list(entry.shape)}, config.json "
-                    f"implies {list(expected)}"
-                )
-            by_module[module_name] = entry
-    blocks = tuple(_block(checkpoint, skeleton, index, names, by_module) for index in range(len(skeleton.blocks)))
-    in_blocks = {tensor.entry.name for block in blocks for tensor in block.tensors}
-    in_blocks |= {entry.name for block in blocks for entry in block.others}
+        for parameter, entry in skeleton.parameters_in(module_name, checkpoint.tensors[disk_name]).items():
+            if parameter in parameters:
+                expected = tuple(parameters[parameter].shape)
+                if entry.meant_shape != expected:
+                    raise InputError(
+                        f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, config.json implies "
+                        f"{list(expected)}" + (", transposed" if entry.transposed else "")
+                    )
+                by_module[parameter] = entry
+                matched.add(disk_name)
+    blocks = tuple(
+        _block(checkpoint, skeleton, index, names, matched, by_module) for index in range(len(skeleton.blocks))
+    )
+    prefix = f"{skeleton.blocks_path}."
+    in_blocks = {disk_name for disk_name, module_name in names.items() if module_name.startswith(prefix)}
     return Layout(
         _stem(checkpoint, skeleton, by_module, names),
         blocks,
@@ -104,6 +122,7 @@ def _block(
     skeleton: Skeleton,
     index: int,
     names: dict[str, str],
+    matched: set[str],
     by_module: dict[str, TensorEntry],
 ) -> Block:
     prefix = f"{skeleton.blocks_path}.{index}."
@@ -112,23 +131,22 @@ def _block(
     if missing:
         raise InputError(f"{checkpoint.folder}: no tensor for the parameter {prefix}{missing[0]}; is a shard missing?")
     tensors = tuple(ModuleTensor(name, entry) for name, entry in by_module.items() if name.startswith(prefix))
-    matched = {tensor.entry.name for tensor in tensors}
     others = tuple(
         checkpoint.tensors[disk] for disk, name in names.items() if name.startswith(prefix) and disk not in matched
     )
     linears = []
     for group, members in enumerate(skeleton.facts(index).input_groups):
-        for name in members:
+        for name in members.linears:
             entry = by_module[f"{prefix}{name}.weight"]
             if entry.dtype not in FLOAT_DTYPES:
                 raise InputError(
                     f"{entry.path}: tensor {entry.name} has dtype {entry.dtype}; only "
                     f"{', '.join(sorted(FLOAT_DTYPES))} can be computed with: save the model in bfloat16 first"
                 )
-            shape = (entry.shape[0], entry.shape[1])
+            shape = (entry.meant_shape[0], entry.meant_shape[1])
             linears.append(Linear(entry.name, name, shape, group, DTYPES[entry.dtype].itemsize))
     weights = {linear.disk_name for linear in linears}
     other_matrices = tuple(
         tensor.entry.name for tensor in tensors if len(tensor.entry.shape) > 1 and tensor.entry.name not in weights
     )
-    return Block(index, tensors, others, tuple(linears), other_matrices)
+    return Block(index, tensors, others, tuple(linears), skeleton.facts(index).input_groups, other_matrices)

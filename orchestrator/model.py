@@ -11,6 +11,7 @@ import torch
 
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.experts import are_separate
 from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.tasks import WorkerSetup
 from billhook.orchestrator.checkpoint import (
@@ -37,6 +38,10 @@ class Model:
     dtype: str
     """Compute dtype, a torch name."""
     trust_remote_code: bool
+    separate_experts: bool | None
+    """Whether each expert has tensors of its own on disk; None: as transformers would save them."""
+    route_all: bool
+    """Whether each expert is fitted to all tokens."""
     skeleton: Skeleton
 
     def worker_setup(
@@ -52,6 +57,8 @@ class Model:
             activations,
             scratch,
             output,
+            self.separate_experts,
+            self.route_all,
         )
 
 
@@ -62,11 +69,12 @@ def open_model(
     trust_remote_code: bool,
     weights_needed: bool = True,
     device_needed: bool = True,
+    route_all: bool = False,
 ) -> Model:
     """Open a folder or hub id; ``device`` and ``dtype`` may be ``auto``.
 
     weights_needed: if not, a folder with a config and no weights will do; the shapes are then what the config implies.
-    device_needed: if not, a device that this machine lacks will do.
+    device_needed: if not, a device that this machine lacks will do. route_all: experts are fitted to all tokens.
 
     Raises:
         InputError: for anything wrong with the model.
@@ -79,15 +87,26 @@ def open_model(
     if weights_needed or has_weights(folder):
         checkpoint = open_checkpoint(folder)
         compute = _resolve_dtype(dtype, device, _main_dtype(checkpoint))
-        skeleton = Skeleton(folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code)
+        separate = are_separate(checkpoint.tensors)
+        skeleton = Skeleton(
+            folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code, separate, route_all
+        )
     else:
         stored = _named_dtype(config)
         compute = _resolve_dtype(dtype, device, stored)
-        skeleton = Skeleton(folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code)
-        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
-        checkpoint = imagined_checkpoint(folder, shapes, stored)
+        separate = None
+        skeleton = Skeleton(folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code, None, route_all)
+        checkpoint = imagined_checkpoint(folder, skeleton.disk_shapes(), stored)
     return Model(
-        checkpoint, skeleton.config, lay_out(checkpoint, skeleton), device, compute, trust_remote_code, skeleton
+        checkpoint,
+        skeleton.config,
+        lay_out(checkpoint, skeleton),
+        device,
+        compute,
+        trust_remote_code,
+        separate,
+        route_all,
+        skeleton,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +20,22 @@ from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
-from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS, NEAR_EXCHANGE_SECONDS, is_local, share_out, work_of
+from billhook.layerworkers.sharing import (
+    FAR_EXCHANGE_SECONDS,
+    NEAR_EXCHANGE_SECONDS,
+    Work,
+    is_local,
+    share_out_stage,
+    work_of,
+)
 from billhook.layerworkers.skeleton import Footprint
+from billhook.layerworkers.stages import in_stages
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.recipe import Recipe
+
+Stage = Sequence[Sequence[Linear]]
+"""Linears that are solved together, by their inputs."""
 
 RAY_BYTES = 495 << 20
 """Memory of Ray's own processes on one node, its agents included, and of the actor that counts workers."""
@@ -84,6 +96,10 @@ class Job:
         """Partitions of the samples."""
         return -(-self.samples // self.recipe.partition_samples)
 
+    def work(self, linear: Linear) -> Work:
+        """Return what solving a linear is."""
+        return work_of(self.method, self.pattern, self.options, *linear.shape)
+
 
 @dataclass(frozen=True)
 class BlockWork:
@@ -104,7 +120,7 @@ class BlockWork:
         sizes = (footprint.hidden_bytes, footprint.running_bytes, waiting, self.next_bytes)
         return (*sizes, linears, _weights(self.block, recipe))
 
-    @property
+    @cached_property
     def groups(self) -> dict[int, list[Linear]]:
         """The linears to prune by their input."""
         groups: dict[int, list[Linear]] = {}
@@ -112,10 +128,51 @@ class BlockWork:
             groups.setdefault(linear.group, []).append(linear)
         return groups
 
-    def waiting(self, group: int) -> int:
-        """Return what one sample holds before ``group``."""
-        first = next(linear.name for linear in self.linears if linear.group == group)
-        return self.footprint.waiting_bytes[first]
+    def stages(self, experts_at_once: int) -> list[list[list[Linear]]]:
+        """Return the linears to prune by stage and input.
+
+        experts_at_once: as of :class:`billhook.layerworkers.tasks.Placement`.
+        """
+        if experts_at_once not in self._stages:
+            groups = self.groups
+            numbers = {self.block.groups[number]: number for number in sorted(groups)}
+            counts = {each.experts: experts_at_once or self.experts for each in numbers}
+            self._stages[experts_at_once] = [
+                [groups[numbers[group]] for group in stage] for stage in in_stages(list(numbers), counts)
+            ]
+        return self._stages[experts_at_once]
+
+    @cached_property
+    def _stages(self) -> dict[int, list[list[list[Linear]]]]:
+        return {}
+
+    @property
+    def experts(self) -> int:
+        """How many experts the block's layers have; 0: it has none."""
+        return self.block.experts
+
+    @property
+    def routings(self) -> int:
+        """How often a sample's tokens are sent to experts some of which are pruned."""
+        pruned = {self.block.groups[number].experts for number in self.groups}
+        return sum(not each.linears and each.share < 1 and each.experts in pruned for each in self.block.groups)
+
+    def share(self, linear: Linear) -> float:
+        """Return the share of the tokens that a linear is fitted to."""
+        return self.block.groups[linear.group].share
+
+    def forward_flops(self, tokens: int) -> float:
+        """Return what running so many tokens through the block computes, where experts are sent as many each."""
+        return sum(2.0 * self.share(each) * tokens * each.shape[0] * each.shape[1] for each in self.block.linears)
+
+    def stage_kind(self, stage: Stage) -> object:
+        """Return what stages have in common that need the same."""
+        shapes = tuple(tuple((linear.kind, linear.shape, linear.item_bytes) for linear in linears) for linears in stage)
+        return shapes, self.waiting(stage)
+
+    def waiting(self, stage: Sequence[Sequence[Linear]]) -> int:
+        """Return the most that one sample holds before the inputs of ``stage``."""
+        return max(self.footprint.waiting_bytes[self.block.groups[linears[0].group].stop] for linears in stage)
 
 
 def processes_bytes(workers: int, own: int) -> int:
@@ -134,7 +191,10 @@ def store_bytes(workers: int) -> int:
 def block_phases(
     job: Job, facts: BlockWork, placement: Placement, workers: int, activations: str
 ) -> Iterator[tuple[str, list[Need]]]:
-    """Yield each phase of a block with what every worker needs in it."""
+    """Yield each phase of a block with what every worker needs in it.
+
+    Experts' come more than once, but only once of those that need the same.
+    """
     recipe = job.recipe
     statistic = job.method.statistic
     ranges = even_ranges(job.partitions, workers)
@@ -149,27 +209,27 @@ def block_phases(
     # What is held of a sample that waits is counted without its input where that is kept on the device anyway.
     counted = hidden if activations == "device" else 0
 
-    def held(rank: int, group: int | None) -> Need:
-        if group is None or recipe.fit == "dense-block":
+    def held(rank: int, stage: Stage | None) -> Need:
+        if stage is None or recipe.fit == "dense-block":
             return Need(0, 0, 0)
-        size = own_samples[rank] * max(0, facts.waiting(group) - counted)
+        size = own_samples[rank] * max(0, facts.waiting(stage) - counted)
         if placement.intermediates == "hold":
             return Need(int(HELD_SLACK * size), 0, 0)
         return at_tier(placement.spill_to, size) if placement.intermediates == "spill" else Need(0, 0, 0)
 
-    def sums(rank: int, columns: int) -> Need:
-        """Partial sums while samples arrive: the one that grows, and those that wait for their siblings."""
+    most_waiting = [max((node_count(start, end) for end in range(start, stop)), default=0) for start, stop in ranges]
+
+    def sums(rank: int, stage: Stage) -> Need:
+        """Partial sums while samples arrive: those that grow, and those that wait for their siblings."""
         if statistic is None or not own_samples[rank]:
             return Need(0, 0, 0)
-        size = statistic.size_bytes(columns)
-        start, stop = ranges[rank]
-        waiting = max(node_count(start, end) for end in range(start, stop))
-        return Need(size, 0, 0) + at_tier(placement.statistics, waiting * size)
+        size = sum(statistic.size_bytes(linears[0].shape[1]) for linears in stage)
+        return Need(size, 0, 0) + at_tier(placement.statistics, most_waiting[rank] * size)
 
     yield "read", [weights + ahead + Need(0, BAND_BYTES, 0)] * workers
-    groups = facts.groups
-    previous: int | None = None
-    columns_of = {group: linears[0].shape[1] for group, linears in groups.items()}
+    stages = facts.stages(placement.experts_at_once)
+    previous: Stage | None = None
+    widest = max((linears[0].shape[1] for stage in stages for linears in stage), default=0)
     cast = 8 * (recipe.seqlen or 0) + (4 * BAND_ROWS if recipe.device != "cpu" else 0) if statistic is not None else 0
     if recipe.fit == "dense-block" and statistic is not None:
         yield (
@@ -177,35 +237,43 @@ def block_phases(
             [
                 resident[rank]
                 + ahead
-                + _dense_sums(placement, [sums(rank, columns) for columns in columns_of.values()])
-                + Need(running + cast * max(columns_of.values(), default=0), 0, 0)
+                + _dense_sums(placement, [sums(rank, stage) for stage in stages])
+                + Need(running + cast * widest, 0, 0)
                 for rank in range(workers)
             ],
         )
-    for group, linears in groups.items():
-        columns = columns_of[group]
+    seen: set[object] = set()
+    for number, stage in enumerate(stages):
+        # The first of its kind needs most: afterwards, fewer sums wait to be solved.
+        kind = (facts.stage_kind(stage), previous and facts.stage_kind(previous))
+        if kind in seen:
+            previous = stage
+            continue
+        seen.add(kind)
+        columns = max(linears[0].shape[1] for linears in stage)
+        first = stage[0][0].kind
         if recipe.fit == "lockstep" and statistic is not None:
             yield (
-                f"statistics of {linears[0].name}",
+                f"statistics of {first}",
                 [
                     resident[rank]
                     + ahead
-                    + larger(held(rank, previous), held(rank, group))
-                    + sums(rank, columns)
-                    + Need(max(running, cast * columns + facts.waiting(group)), 0, 0)
+                    + larger(held(rank, previous), held(rank, stage))
+                    + sums(rank, stage)
+                    + Need(max(running, cast * columns + facts.waiting(stage)), 0, 0)
                     for rank in range(workers)
                 ],
             )
-        solving = _solving(job, linears, ranges, placement)
+        solving = _solving(job, stage, ranges, placement)
         later = Need(0, 0, 0)
         if recipe.fit == "dense-block" and statistic is not None:
-            sizes = [statistic.size_bytes(columns_of[each]) for each in groups if each > group]
+            sizes = [statistic.size_bytes(linears[0].shape[1]) for each in stages[number + 1 :] for linears in each]
             later = at_tier(placement.statistics if placement.intermediates == "replay" else "device", sum(sizes))
         yield (
-            f"solving {linears[0].name}",
-            [resident[rank] + ahead + held(rank, group) + solving[rank] + later for rank in range(workers)],
+            f"solving {first}",
+            [resident[rank] + ahead + held(rank, stage) + solving[rank] + later for rank in range(workers)],
         )
-        previous = group
+        previous = stage
     yield (
         "outputs",
         [
@@ -222,36 +290,40 @@ def _dense_sums(placement: Placement, sums: Sequence[Need]) -> Need:
     return largest + at_tier(placement.statistics, sum(need.device for need in sums) - largest.device)
 
 
-def _solving(
-    job: Job, linears: Sequence[Linear], partitions: Sequence[tuple[int, int]], placement: Placement
-) -> list[Need]:
-    """Return what each worker needs to solve the linears of one group, beside block and activations.
+def _solving(job: Job, stage: Stage, partitions: Sequence[tuple[int, int]], placement: Placement) -> list[Need]:
+    """Return what each worker needs to solve the linears of one stage, beside block and activations.
 
     partitions: each worker's range of them.
     """
     recipe, method, workers = job.recipe, job.method, len(partitions)
-    columns = linears[0].shape[1]
     local = is_local(method, job.pattern)
-    work = [work_of(method, job.pattern, job.options, *linear.shape) for linear in linears]
     partition_rows = recipe.partition_rows or 256
-    ranges = share_out(work, workers, partition_rows, job.exchange_seconds)
-    statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0
+    works = [[job.work(linear) for linear in linears] for linears in stage]
+    shared = [method.factor_flops(linears[0].shape[1]) for linears in stage]
+    ranges = share_out_stage(works, shared, workers, partition_rows, job.exchange_seconds)
     needs = []
     for rank in range(workers):
-        rows = [own[rank][1] - own[rank][0] for own in ranges]
-        at_once = max(rows)
-        if local and at_once:
-            at_once = max(stop - start for start, stop in row_partitions(at_once, partition_rows))
         partials = node_count(*partitions[rank]) if placement.statistics == "device" else 0
-        held = max(partials * statistic, statistic if max(rows) else 0)
-        if recipe.device != "cpu" and max(rows):
-            held += 3 * statistic  # torch factorises into copies
-        if workers > 1 and statistic:
+        waiting, own, working, solution = 0, 0, 0, 0
+        for linears, rows_of in zip(stage, ranges, strict=True):
+            columns = linears[0].shape[1]
+            statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0
+            waiting += partials * statistic
+            rows = [each[rank][1] - each[rank][0] for each in rows_of]
+            at_once = max(rows)
+            if not at_once:
+                continue
+            own += statistic
+            if local:
+                at_once = max(stop - start for start, stop in row_partitions(at_once, partition_rows))
+            copies = 3 * statistic if recipe.device != "cpu" else 0  # torch factorises into copies
+            working = max(working, 4 * at_once * columns + method.extra_bytes(at_once, columns) + copies)
+            solution += sum(each * columns * linear.item_bytes for each, linear in zip(rows, linears, strict=True))
+        held = max(waiting, own)
+        if workers > 1 and method.statistic is not None:
             held += (workers + 1) * BAND_BYTES
-        solution = sum(own * columns * linear.item_bytes for own, linear in zip(rows, linears, strict=True))  # in RAM
         if job.near:
-            solution += _messages_bytes(linears, workers)
-        working = 4 * at_once * columns + method.extra_bytes(at_once, columns) if at_once else 0
+            solution += _messages_bytes([linear for linears in stage for linear in linears], workers)
         needs.append(Need(held + working, solution, 0))
     return needs
 

@@ -151,8 +151,8 @@ def _arrange_with(
         if kind not in chosen:
             options = []
             misses: dict[str, int] = {}
-            for placement in _placements(job, wanted):
-                by_phase = dict(block_phases(job, facts, placement, workers, activations))
+            for placement in _placements(job, wanted, facts.experts):
+                by_phase = _by_phase(block_phases(job, facts, placement, workers, activations))
                 if head is not None:
                     hidden = facts.footprint.hidden_bytes * -(-job.samples // workers)
                     by_phase["head"] = [at_tier(activations, hidden) + head] * workers
@@ -183,6 +183,15 @@ def _arrange_with(
     return Arrangement(workers, not on_cpu, activations, tuple(placements), phases, peak, extra)
 
 
+def _by_phase(phases: Iterator[tuple[str, list[Need]]]) -> dict[str, list[Need]]:
+    """Return each phase's largest needs, of those that come more than once."""
+    by_phase: dict[str, list[Need]] = {}
+    for name, needs in phases:
+        so_far = by_phase.get(name, needs)
+        by_phase[name] = [larger(one, other) for one, other in zip(so_far, needs, strict=True)]
+    return by_phase
+
+
 def _exceeded(need: Need, budgets: Budgets) -> dict[str, int]:
     """Return the budget that does not suffice, and what would: the device's before RAM's before the disk's."""
     if budgets.vram is not None and need.device > budgets.vram:
@@ -211,16 +220,17 @@ def _tiers(wanted: str) -> list[str]:
     return ["device", "ram", "disk"] if wanted == "auto" else [wanted]
 
 
-def _placements(job: Job, wanted: Mapping[str, str]) -> Iterator[Placement]:
+def _placements(job: Job, wanted: Mapping[str, str], experts: int) -> Iterator[Placement]:
     dense = job.recipe.fit == "dense-block" or not job.samples
     intermediates = ["hold", "replay"] if dense else ["hold", "spill", "replay"]
     if wanted["intermediates"] != "auto":
         # The dense block is run without a pause: nothing waits that could be spilled.
         intermediates = ["hold" if dense and wanted["intermediates"] == "spill" else wanted["intermediates"]]
     statistics = _tiers(wanted["statistics"])
-    for read_ahead, keep, tier in itertools.product([True, False], intermediates, statistics):
+    at_once = [0, *(count for count in (experts // 4, experts // 16, 1) if 0 < count < experts)]
+    for read_ahead, keep, tier, count in itertools.product([True, False], intermediates, statistics, at_once):
         for spill_to in ["ram", "disk"] if keep == "spill" else ["disk"]:
-            yield Placement(keep, spill_to, tier, read_ahead)
+            yield Placement(keep, spill_to, tier, read_ahead, count)
 
 
 def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: int, rates: Rates) -> float:
@@ -230,11 +240,13 @@ def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: in
     parked = {"device": 0.0, "ram": 1 / rates.copy_bytes, "disk": 1 / rates.disk_bytes}
     if not placement.read_ahead:
         seconds += facts.next_bytes / rates.disk_bytes
-    waiting = [facts.waiting(group) for group in facts.groups]
+    stages = facts.stages(placement.experts_at_once)
+    seconds += len(stages) * job.exchange_seconds  # no more of them than need be
+    waiting = [facts.waiting(stage) for stage in stages]
     if placement.intermediates == "spill" and job.samples:
         seconds += 2 * samples * sum(waiting) * parked[placement.spill_to]
     if placement.intermediates == "replay" and job.samples:
-        forward = 2.0 * samples * (job.recipe.seqlen or 0) * sum(a.shape[0] * a.shape[1] for a in facts.block.linears)
+        forward = facts.forward_flops(samples * (job.recipe.seqlen or 0))
         again = len(waiting) / 2 if job.recipe.fit == "lockstep" else max(0, len(waiting) - 1)
         seconds += again * forward / rates.flops
     if placement.statistics != "device" and job.method.statistic is not None:

@@ -11,7 +11,7 @@ from typing import Unpack
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import TensorEntry
-from billhook.layerworkers.tasks import BlockTask, LinearTask
+from billhook.layerworkers.tasks import BlockTask, Coverage, LinearTask
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.devices import (
     BANDWIDTH_BYTES,
@@ -113,6 +113,7 @@ class Plan:
             tuple(tensor for later in blocks[index + 1 : index + 2] for tensor in later.tensors),
             keep,
             _job(request, self.resources, self.supposed).exchange_seconds,
+            Coverage(recipe.expert_tokens, recipe.expert_fallback),
         )
 
     def keeps_inputs_of(self, index: int) -> bool:

@@ -11,6 +11,7 @@ from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.placing import Arrangement
 from billhook.orchestrator.planning import PLENTY_BYTES, Plan, estimate
+from billhook.orchestrator.request import Request
 from billhook.orchestrator.timing import BlockTime
 
 
@@ -94,6 +95,8 @@ def plan_as_text(plan: Plan) -> str:
         f"leaves     {len(request.skipped)} linears in the blocks"
         + (f": {', '.join(_kinds(list(request.skipped)))}" if request.skipped else ""),
     ]
+    if experts := [block.experts for block in request.model.layout.blocks if block.experts]:
+        lines.append(f"experts    {max(experts)} in {len(experts)} block(s), {_fitted(request)}")
     if request.other_matrices:
         lines.append(
             f"           {len(request.other_matrices)} matrices that are no linears: {request.other_matrices[0]} ..."
@@ -129,6 +132,26 @@ def plan_as_text(plan: Plan) -> str:
     for name, made in plan.elsewhere.items():
         lines.append(f"           {name}: {_elsewhere(made)}")
     return "\n".join(lines)
+
+
+def _fitted(request: Request) -> str:
+    """Return which tokens experts are fitted to."""
+    recipe, fallback = request.recipe, request.recipe.expert_fallback
+    if fallback == "pool" and not request.model.skeleton.can_pool:
+        fallback = "magnitude"
+    if METHODS[recipe.method].statistic is None:
+        return "each by itself"
+    if recipe.route == "all":
+        return "each fitted to all tokens"
+    instead = {
+        "pool": "fitted to all tokens of its layer",
+        "magnitude": "pruned by magnitude",
+        "dense": "left dense",
+    }[fallback]
+    return (
+        "each fitted to the tokens that are sent to it; with fewer than "
+        f"{recipe.expert_tokens:g} for each channel of its widest input, {instead}"
+    )
 
 
 def _moved(plan: Plan, moved_bytes: int) -> str:
@@ -171,6 +194,7 @@ def _ways(arrangement: Arrangement, device: str) -> list[str]:
         + (f" to {_tier(placement.spill_to, device)}" if placement.intermediates == "spill" else "")
         + f", statistics on {_tier(placement.statistics, device)}, "
         + ("the next block read meanwhile" if placement.read_ahead else "no reading ahead")
+        + (f", {placement.experts_at_once} experts at once" if placement.experts_at_once else "")
         for placement, count in counts.items()
     ]
 
@@ -241,7 +265,7 @@ def methods_as_text() -> str:
 
 def _kinds(linears: list[Linear]) -> list[str]:
     """Return each kind of linear once, with its shape."""
-    return list(dict.fromkeys(f"{linear.name} {linear.shape[0]}x{linear.shape[1]}" for linear in linears))
+    return list(dict.fromkeys(f"{linear.kind} {linear.shape[0]}x{linear.shape[1]}" for linear in linears))
 
 
 def _duration(seconds: float) -> str:

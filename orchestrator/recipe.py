@@ -40,6 +40,15 @@ class Recipe(BaseModel):
     fit: Literal["auto", "lockstep", "dense-block"] = Field(
         "auto", description="Inputs that a linear is fitted to; auto is the method's own choice."
     )
+    route: Literal["router", "all"] = Field(
+        "router", description="Tokens that an expert is fitted to: those that the router sends there, or all."
+    )
+    expert_tokens: float = Field(
+        1.0, ge=0, description="Tokens that an expert needs for each channel of its widest input, to be fitted to them."
+    )
+    expert_fallback: Literal["pool", "magnitude", "dense"] = Field(
+        "pool", description="With fewer: fit it to all tokens of its layer, prune it by magnitude, or leave it dense."
+    )
     include: tuple[str, ...] = Field((), description="Only linears whose name on disk matches one of these regexes.")
     exclude: tuple[str, ...] = Field((), description="No linear whose name on disk matches one of these regexes.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -121,6 +130,9 @@ class RunOptions(TypedDict, total=False):
     field: str
     samples: int
     seqlen: int | None
+    route: Literal["router", "all"]
+    expert_tokens: float
+    expert_fallback: Literal["pool", "magnitude", "dense"]
     seed: int
     bos: Literal["auto", "always", "never"]
     fit: Literal["auto", "lockstep", "dense-block"]

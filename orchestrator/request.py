@@ -16,6 +16,12 @@ from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, open_model
 from billhook.orchestrator.recipe import Recipe, method_options
 
+DATA_KEYS = (
+    *("field", "samples", "seqlen", "seed", "bos", "fit", "partition_samples"),
+    *("route", "expert_tokens", "expert_fallback"),
+)
+"""Keys of a recipe that mean nothing to methods without calibration."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -62,7 +68,7 @@ class Request:
         recipe["options"] = self.options
         recipe["calibration"] = calibration_sha256
         if not self.samples:
-            for key in ("field", "samples", "seqlen", "seed", "bos", "fit", "partition_samples"):
+            for key in DATA_KEYS:
                 del recipe[key]
         return {
             "recipe": recipe,
@@ -83,7 +89,10 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     """
     options = method_options(recipe.method, recipe.options)
     pattern = parse_pattern(recipe.pattern, recipe.sparsity)
-    opened = open_model(model, recipe.device, recipe.dtype, recipe.trust_remote_code, weights_needed, device_needed)
+    route_all = recipe.route == "all"
+    opened = open_model(
+        model, recipe.device, recipe.dtype, recipe.trust_remote_code, weights_needed, device_needed, route_all
+    )
     seqlen = recipe.seqlen or default_seqlen(opened.config)
     check_context(seqlen, opened.config)
     recipe = recipe.model_copy(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.sharing import share_out, work_of
-from billhook.layerworkers.traffic import NOTHING, Matrix, group_traffic
+from billhook.layerworkers.sharing import share_out_stage
+from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic
 from billhook.orchestrator.phases import BlockWork, Job
 from billhook.orchestrator.probe import Rates
 from billhook.orchestrator.recipe import Recipe
@@ -36,7 +36,7 @@ class BlockTime:
     forward: float
     statistics: float
     factors: float
-    """Factorisations: on one worker, while the others wait."""
+    """Factorisations: of each input on one worker, while the others wait, unless they have inputs of their own."""
     solving: float
     moving: float
     """What workers send each other."""
@@ -78,11 +78,13 @@ class _Flops:
 def _flops(job: Job, facts: BlockWork) -> _Flops:
     recipe, method = job.recipe, job.method
     tokens, on_gpu = job.samples * (recipe.seqlen or 0), recipe.device != "cpu"
-    columns = [linears[0].shape[1] for linears in facts.groups.values()]
+    firsts = [linears[0] for linears in facts.groups.values()]
     return _Flops(
-        passes(recipe) * sum(2.0 * tokens * linear.shape[0] * linear.shape[1] for linear in facts.block.linears),
-        sum(method.statistic.flops(tokens, each, on_gpu) for each in columns) if method.statistic is not None else 0.0,
-        sum(method.factor_flops(each) for each in columns),
+        passes(recipe) * facts.forward_flops(tokens),
+        0.0
+        if method.statistic is None
+        else sum(facts.share(each) * method.statistic.flops(tokens, each.shape[1], on_gpu) for each in firsts),
+        sum(method.factor_flops(each.shape[1]) for each in firsts),
         sum(method.flops(*linear.shape, job.options) for linear in facts.linears),
     )
 
@@ -104,26 +106,34 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
     share = max(own) / job.samples if job.samples else 0.0
     traffic, solving = NOTHING, 0.0
     partition_rows = job.recipe.partition_rows or 0
-    for linears in facts.groups.values():
-        works = [work_of(job.method, job.pattern, job.options, *linear.shape) for linear in linears]
-        seconds = [0.0] * workers
-        shares = share_out(works, workers, partition_rows, job.exchange_seconds)
-        for linear, work, ranges in zip(linears, works, shares, strict=True):
-            launching = job.method.launches(linear.shape[1], job.options) * rates.launch_seconds
-            for rank, (start, stop) in enumerate(ranges):
-                if start < stop:
-                    seconds[rank] += work.flops * (stop - start) / work.rows / rates.float32_flops + launching
+    factors = 0.0
+    for stage in facts.stages(0):
+        works = [[job.work(linear) for linear in linears] for linears in stage]
+        shared = [job.method.factor_flops(linears[0].shape[1]) for linears in stage]
+        seconds, factoring = [0.0] * workers, [0.0] * workers
+        shares = share_out_stage(works, shared, workers, partition_rows, job.exchange_seconds)
+        for linears, work, flops_of_factor, ranges_of in zip(stage, works, shared, shares, strict=True):
+            for linear, each, ranges in zip(linears, work, ranges_of, strict=True):
+                launching = job.method.launches(linear.shape[1], job.options) * rates.launch_seconds
+                for rank, (start, stop) in enumerate(ranges):
+                    if start < stop:
+                        seconds[rank] += each.flops * (stop - start) / each.rows / rates.float32_flops + launching
+            first = next(rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in ranges_of))
+            factoring[first] += flops_of_factor / rates.float32_flops
         solving += max(seconds)
-        matrices = [Matrix(*linear.shape, linear.item_bytes) for linear in linears]
-        traffic += group_traffic(
+        factors += max(factoring)
+        matrices = [[Matrix(*linear.shape, linear.item_bytes) for linear in linears] for linears in stage]
+        traffic += stage_traffic(
             *(matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers),
             job.exchange_seconds,
         )
+    if workers > 1 and job.method.statistic is not None:
+        traffic += Traffic(0, 0, facts.routings)
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
     return BlockTime(
         share * flops.forward / rates.flops,
         share * flops.statistics / _statistics_rate(job.recipe, rates),
-        flops.factors / rates.float32_flops,
+        factors,
         solving,
         traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.exchange_seconds,
         ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.patterns import NM, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
+from billhook.layerworkers.solving import DENSE
 from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from billhook.orchestrator.history import Decided, read_history
 from billhook.orchestrator.inspection import most_kept, pieces
@@ -73,7 +75,8 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
         for linear in manifest["linears"]:
             problems += _check_linear(checkpoint, linear)
         if source is not None:
-            problems += _check_against(checkpoint, source, {linear["name"] for linear in manifest["linears"]})
+            pruned = {linear["name"] for linear in manifest["linears"] if linear["pattern"] != DENSE}
+            problems += _check_against(checkpoint, source, pruned)
     except (InputError, RunError) as error:
         problems.append(Problem(str(folder), str(error)))
     except (KeyError, TypeError, ValueError) as error:
@@ -105,19 +108,23 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
 
 def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any]) -> Iterator[Problem]:
     name = linear["name"]
-    entry = checkpoint.tensors.get(name)
+    entry = _entry(checkpoint, name)
     if entry is None:
         yield Problem(name, "was pruned according to the manifest, but is not in the checkpoint")
         return
-    pattern = parse_pattern(linear["pattern"], None)
+    pattern = None if linear["pattern"] == DENSE else parse_pattern(linear["pattern"], None)
+    if (pattern is None) != (linear["fallback"] == "dense"):
+        yield Problem(name, f"has the pattern {linear['pattern']}, and {linear['fallback'] or 'nothing'} instead of it")
     zeros, kept, bad, negative_zeros = 0, 0, 0, 0
-    for piece in pieces(entry):
+    # Along the inputs, which are the rows of what is stored as its transpose.
+    multiple = pattern.group if linear["transposed"] and isinstance(pattern, NM) else 1
+    for piece in pieces(entry, multiple):
         is_zero = piece == 0
         zeros += int(is_zero.sum())
         negative_zeros += int((is_zero & torch.signbit(piece)).sum())
         bad += int((~torch.isfinite(piece)).sum())
         if isinstance(pattern, NM):
-            kept = max(kept, most_kept(piece, pattern.group))
+            kept = max(kept, most_kept(piece.t() if linear["transposed"] else piece, pattern.group))
     if bad:
         yield Problem(name, f"holds {bad} NaN or infinite values")
     if negative_zeros and linear["removed"]:
@@ -139,13 +146,31 @@ def _check_against(checkpoint: Checkpoint, source: Checkpoint, pruned: set[str])
             yield Problem(name, "its header (names, dtypes, shapes, offsets) differs from the source's")
             continue
         for entry, original in zip(own[name].entries, theirs[name].entries, strict=True):
-            if entry.name not in pruned and not _same_bytes(entry, original):
-                yield Problem(entry.name, "was not pruned, but differs from the source")
+            for part, original_part in zip(_parts(entry, pruned), _parts(original, pruned), strict=True):
+                if part.name not in pruned and not _same_bytes(part, original_part):
+                    yield Problem(part.name, "was not pruned, but differs from the source")
     for name in source.others:
         if name != CARD and not (checkpoint.folder / name).is_file():
             yield Problem(name, "is in the source, but was not carried over")
         elif name != CARD and sha256_of(checkpoint.folder / name) != sha256_of(source.folder / name):
             yield Problem(name, "differs from the source")
+
+
+def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry | None:
+    """Return the tensor of this name, or the item ``tensor[number]`` of one."""
+    if name in checkpoint.tensors:
+        return checkpoint.tensors[name]
+    stacked = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    entry = checkpoint.tensors.get(stacked[1]) if stacked else None
+    if stacked is None or entry is None or not entry.shape or int(stacked[2]) >= entry.shape[0]:
+        return None
+    return entry.item(int(stacked[2]))
+
+
+def _parts(entry: TensorEntry, pruned: set[str]) -> list[TensorEntry]:
+    """Return the tensor, or its items where some of these were pruned by themselves."""
+    items = [entry.item(number) for number in range(entry.shape[0])] if len(entry.shape) == 3 else []
+    return items if any(item.name in pruned for item in items) else [entry]
 
 
 def _same_bytes(left: TensorEntry, right: TensorEntry) -> bool:

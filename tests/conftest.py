@@ -14,7 +14,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-collect_ignore = ["nodes", "deploy"]  # need root: make test-nodes
+collect_ignore = ["nodes", "deploy", "all_families"]  # make test-nodes (needs root), make test-families
 
 MakeModel = Callable[..., Path]
 
@@ -47,7 +47,7 @@ def tokenizer(english: str) -> Any:
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Return a function that writes a tiny random Llama (or another family) as a Hugging Face folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     def make(
         family: str = "llama",
@@ -69,9 +69,12 @@ def make_model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Make
             "pad_token_id": 0,
             "tie_word_embeddings": False,
         }
+        if "text_config" in overrides:
+            shape = {name: shape[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = AutoConfig.for_model(family, **{**shape, **overrides})
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        auto = AutoModelForImageTextToText if "text_config" in overrides else AutoModelForCausalLM
+        model = auto.from_config(config, dtype=dtype)
         for parameter in model.parameters():
             parameter.data = (parameter.data.float() * 3 + 0.05 * torch.randn(parameter.shape)).to(dtype)
         folder = tmp_path_factory.mktemp(family)

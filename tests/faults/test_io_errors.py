@@ -73,7 +73,7 @@ def test_what_lies_after_the_last_commit_is_of_no_account(
         pytest.skip("test_resume.py has most of it in one process")
     output = tmp_path / "out"
     rng = random.Random(1)
-    assert lab.prune(output, lab.fault(rng, "worker", "solve_group", "kill all")).code == -9
+    assert lab.prune(output, lab.fault(rng, "worker", "solve_stage", "kill all")).code == -9
     done = len(read_history(output).blocks)
     with journal_path(output).open("ab") as file:
         file.write(b'{"index":%d,"kept_inputs":true,"kind":"block","li' % done)

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.scratch import DiskParking
-from billhook.layerworkers.skeleton import Arguments, Skeleton
+from billhook.layerworkers.skeleton import Arguments, InputGroup, Skeleton
+from billhook.layerworkers.stages import Stage, in_stages
 from billhook.orchestrator.model import open_model
 
 
@@ -17,7 +19,9 @@ def loaded(folder: Path, index: int) -> tuple[Skeleton, list[torch.Tensor], Argu
     from billhook.layerworkers.shards import read_tensor
 
     model = open_model(folder, "cpu", "auto", False)
-    skeleton = Skeleton(folder, getattr(torch, model.dtype), torch.device("cpu"))
+    skeleton = Skeleton(
+        folder, getattr(torch, model.dtype), torch.device("cpu"), separate_experts=model.separate_experts
+    )
     for tensor in [*model.layout.stem.tensors, *model.layout.blocks[index].tensors]:
         skeleton.set_parameter(tensor.module_name, read_tensor(tensor.entry))
     embedding = read_tensor(model.layout.stem.embedding)
@@ -30,31 +34,38 @@ def loaded(folder: Path, index: int) -> tuple[Skeleton, list[torch.Tensor], Argu
     return skeleton, states, arguments[0][index]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "phi3", "cohere", "bloom", "gpt_neox", "falcon"])
+def stages_of(skeleton: Skeleton, index: int, at_once: int = 100) -> list[Stage]:
+    groups = skeleton.facts(index).input_groups
+    return in_stages(groups, {group.experts: at_once for group in groups})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lockstep_outputs_have_the_bits_of_the_plain_forward(make_model: Any, family: str) -> None:
-    overrides = {"ffn_dim": 144, "word_embed_proj_dim": 64} if family == "opt" else {}
-    overrides |= {"head_dim": 16} if family in ("gemma2", "qwen3") else {}
-    folder = make_model(family, **overrides)
-    skeleton, states, arguments = loaded(folder, 1)
+    skeleton, states, arguments = loaded(make_model(family, **FAMILIES[family]), 1)
     block, groups = skeleton.blocks[1], skeleton.facts(1).input_groups
     plain, lockstep = list(states), list(states)
     run_plain(block, plain, arguments)
-    seen: list[tuple[tuple[str, ...], list[torch.Size]]] = []
+    seen: list[tuple[int, InputGroup]] = []
     run_lockstep(
-        block, groups, lockstep, arguments, lambda g, arriving: seen.append((g, [x.shape for _, x in arriving]))
+        block,
+        stages_of(skeleton, 1),
+        lockstep,
+        arguments,
+        lambda stage, arriving: seen.extend((position, group) for position, group, _ in arriving),
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, lockstep, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(plain, states, strict=True))
     assert len(groups) >= 3
-    assert tuple(group for group, _ in seen) == groups
-    assert all(len(shapes) == 3 for _, shapes in seen)
+    assert sorted(seen, key=lambda each: (each[0], str(each[1]))) == sorted(
+        ((position, group) for group in groups for position in range(3)), key=lambda each: (each[0], str(each[1]))
+    )
 
 
 def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> None:
     skeleton, states, arguments = loaded(llama, 0)
     block: Any = skeleton.blocks[0]
     groups = skeleton.facts(0).input_groups
-    assert groups == (
+    assert tuple(group.linears for group in groups) == (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),
@@ -62,13 +73,14 @@ def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> Non
     )
     inputs: dict[str, list[torch.Tensor]] = {}
 
-    def halve(group: tuple[str, ...], arriving: Arriving) -> None:
-        inputs[group[0]] = [x.clone() for _, x in arriving]
-        for name in group:
+    def halve(stage: Stage, arriving: Arriving) -> None:
+        (group,) = stage
+        inputs[group.stop] = [x.clone() for _, _, x in arriving]
+        for name in group.linears:
             block.get_submodule(name).weight.data.mul_(0.5)
 
     lockstep = list(states)
-    run_lockstep(block, groups, lockstep, arguments, halve)
+    run_lockstep(block, stages_of(skeleton, 0), lockstep, arguments, halve)
     plain = list(states)  # the weights are halved now: the plain forward with them must agree
     run_plain(block, plain, arguments)
     assert all(torch.equal(a, b) for a, b in zip(plain, lockstep, strict=True))
@@ -76,29 +88,30 @@ def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> Non
         assert torch.equal(inputs["self_attn.q_proj"][0], block.input_layernorm(states[0]))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "qwen2_moe", "llama4_text"])
 @pytest.mark.parametrize("keep", ["replay", "spill"])
 def test_what_waits_elsewhere_or_is_computed_again_has_the_same_bits(
     make_model: Any, family: str, keep: str, tmp_path: Path
 ) -> None:
     results = []
     for way in ("hold", keep):
-        skeleton, states, arguments = loaded(make_model(family, **({"head_dim": 16} if family == "gemma2" else {})), 1)
+        skeleton, states, arguments = loaded(make_model(family, **FAMILIES[family]), 1)
         block: Any = skeleton.blocks[1]
         seen: list[torch.Tensor] = []
 
         def halve(
-            group: tuple[str, ...],
+            stage: Stage,
             arriving: Arriving,
             seen: list[torch.Tensor] = seen,
             block: Any = block,
         ) -> None:
-            seen += [x.clone() for _, x in arriving]
-            for name in group:
-                block.get_submodule(name).weight.data.mul_(0.5)
+            seen += [x.clone() for _, _, x in arriving]
+            for group in stage:
+                for name in group.linears:
+                    block.get_submodule(name).weight.data.mul_(0.5)
 
         given = list(states)
-        run_lockstep(block, skeleton.facts(1).input_groups, given, arguments, halve, way, DiskParking(str(tmp_path)))
+        run_lockstep(block, stages_of(skeleton, 1), given, arguments, halve, way, DiskParking(str(tmp_path)))
         results.append([*given, *seen])
     assert len(results[0]) > 3 * 3
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -109,13 +122,13 @@ def test_spilling_gives_up_the_memory_of_all_that_waits(llama: Path, tmp_path: P
     parking = DiskParking(str(tmp_path))
     held: list[int] = []
 
-    def measure(group: tuple[str, ...], arriving: Arriving) -> None:
+    def measure(stage: Stage, arriving: Arriving) -> None:
         last: list[torch.Tensor] = []
-        for _, x in arriving:
+        for _, _, x in arriving:
             held.extend(each.untyped_storage().nbytes() for each in last)
             last = [x]
 
-    run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, list(states), arguments, measure, "spill", parking)
+    run_lockstep(skeleton.blocks[0], stages_of(skeleton, 0), list(states), arguments, measure, "spill", parking)
     assert held == [0] * 8
     # At each stop: the input of the linears, and the residual with what attention made, or with the gate's output.
     assert parking.peak_bytes >= 3 * 2 * 4096
@@ -124,16 +137,16 @@ def test_spilling_gives_up_the_memory_of_all_that_waits(llama: Path, tmp_path: P
 def test_observing_changes_nothing_and_sees_what_the_plain_forward_gives(llama: Path) -> None:
     skeleton, states, arguments = loaded(llama, 0)
     block, groups = skeleton.blocks[0], skeleton.facts(0).input_groups
-    observed: dict[tuple[str, ...], list[torch.Tensor]] = {group: [] for group in groups}
+    observed: dict[InputGroup, list[torch.Tensor]] = {group: [] for group in groups}
     given = list(states)
     run_observed(block, groups, given, arguments, lambda position, group, x: observed[group].append(x.clone()))
     assert all(a is b for a, b in zip(given, states, strict=True))
-    paused: dict[tuple[str, ...], list[torch.Tensor]] = {}
+    paused: dict[InputGroup, list[torch.Tensor]] = {}
 
-    def note(group: tuple[str, ...], arriving: Arriving) -> None:
-        paused[group] = [x.clone() for _, x in arriving]
+    def note(stage: Stage, arriving: Arriving) -> None:
+        paused[stage[0]] = [x.clone() for _, _, x in arriving]
 
-    run_lockstep(block, groups, given, arguments, note)
+    run_lockstep(block, stages_of(skeleton, 0), given, arguments, note)
     for group in groups:
         assert all(torch.equal(a, b) for a, b in zip(observed[group], paused[group], strict=True))
 
@@ -141,19 +154,19 @@ def test_observing_changes_nothing_and_sees_what_the_plain_forward_gives(llama: 
 def test_a_worker_without_samples_still_meets_every_group(llama: Path) -> None:
     skeleton, _, _ = loaded(llama, 0)
     seen: list[int] = []
-    run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, [], None, lambda g, x: seen.append(len(list(x))))
+    run_lockstep(skeleton.blocks[0], stages_of(skeleton, 0), [], None, lambda g, x: seen.append(len(list(x))))
     assert seen == [0, 0, 0, 0]
 
 
 def test_a_failure_in_the_solver_leaves_no_hook_behind(llama: Path) -> None:
     skeleton, states, arguments = loaded(llama, 0)
 
-    def fail(group: tuple[str, ...], arriving: Arriving) -> None:
+    def fail(stage: Stage, arriving: Arriving) -> None:
         next(arriving)
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        run_lockstep(skeleton.blocks[0], skeleton.facts(0).input_groups, list(states), arguments, fail)
+        run_lockstep(skeleton.blocks[0], stages_of(skeleton, 0), list(states), arguments, fail)
     assert not any(module._forward_pre_hooks for module in skeleton.blocks[0].modules())
 
 
@@ -178,13 +191,13 @@ def test_a_block_that_changes_its_input_or_keeps_a_tensor_computes_the_same(keep
     block = _Inconsiderate()
     states = [torch.randn(1, 5, 8) for _ in range(3)]
     plain, given = [state.clone() for state in states], [state.clone() for state in states]
-    groups = (("first",), ("second",))
+    groups = [InputGroup("first", ("first",)), InputGroup("second", ("second",))]
     run_observed(block, groups, [state.clone() for state in states], ((), {}), lambda *_: None)
     run_plain(block, plain, ((), {}))
     block.cached = None
 
-    def take(group: tuple[str, ...], arriving: Arriving) -> None:
-        assert len([x.shape for _, x in arriving]) == 3
+    def take(stage: Stage, arriving: Arriving) -> None:
+        assert len([x.shape for _, _, x in arriving]) == 3
 
-    run_lockstep(block, groups, given, ((), {}), take, keep, DiskParking(str(tmp_path)))
+    run_lockstep(block, in_stages(groups, {}), given, ((), {}), take, keep, DiskParking(str(tmp_path)))
     assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))

@@ -135,7 +135,7 @@ def test_the_footprint_of_a_block_grows_with_the_tokens_and_tells_what_waits(lla
     assert one.waiting_bytes["mlp.down_proj"] >= hidden + 32 * 144 * 2
     assert one.running_bytes >= max(one.waiting_bytes.values())
     facts: Any = skeleton.facts(0)
-    assert set(one.waiting_bytes) == {name for group in facts.input_groups for name in group}
+    assert set(one.waiting_bytes) == {group.stop for group in facts.input_groups}
 
 
 def test_places_that_the_file_system_does_not_take_back_are_used_again(

@@ -1,6 +1,6 @@
 import pytest
 
-from billhook.layerworkers.sharing import Work, share_out
+from billhook.layerworkers.sharing import Work, share_out, share_out_stage
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -21,3 +21,13 @@ def test_rows_are_split_when_selection_is_local_and_linears_dealt_when_it_is_dea
     one = [Work(1024, 1e9, 12)]
     assert share_out(one, 2, 256, 2e-3) == [[(0, 1024), (0, 0)]]
     assert share_out(one, 2, 256, 2e-4) == [[(0, 512), (512, 1024)]]
+
+
+def test_inputs_that_are_known_together_are_dealt_out_whole() -> None:
+    groups = [[Work(100, 1e9, 5), Work(50, 5e8, 5)], [Work(80, 4e9, 5)], [Work(10, 1e8, 5)]]
+    (first, second, third) = share_out_stage(groups, [1e9, 1e9, 1e9], 2, 16, 3e-4)
+    assert second == [[(0, 80), (0, 0)]]
+    assert first == [[(0, 0), (0, 100)], [(0, 0), (0, 50)]]
+    assert third == [[(0, 0), (0, 10)]]
+    assert share_out_stage(groups, [1e9, 1e9, 1e9], 1, 16, 3e-4)[0] == [[(0, 100)], [(0, 50)]]
+    assert share_out_stage(groups[:1], [1e9], 2, 16, 3e-4) == [share_out(groups[0], 2, 16, 3e-4)]

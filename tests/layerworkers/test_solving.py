@@ -17,7 +17,7 @@ from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
-from billhook.layerworkers.solving import solve_group
+from billhook.layerworkers.solving import Together, solve_stage
 from billhook.layerworkers.statistics import Accumulator
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
@@ -50,17 +50,24 @@ def solved(
     task: BlockTask,
     group: Any,
     parking: Parking | None = None,
+    apart: bool = False,
 ) -> list[Solved]:
-    """What one worker of the group has in the end, given the numbered inputs of its samples."""
+    """What one worker of the group has in the end, given the numbered inputs of its samples.
+
+    apart: each linear is taken to have an input of its own.
+    """
     statistic = METHODS[task.linears[0].method].statistic
-    nodes = []
-    if statistic is not None:
-        accumulator = Accumulator(statistic, 64, task.partition_samples, torch.device("cpu"), parking)
-        for number, x in numbered:
-            accumulator.add(number, x)
-        nodes = accumulator.nodes(park=parking is not None)
+    together = []
+    for linears in [[linear] for linear in task.linears] if apart else [task.linears]:
+        nodes = []
+        if statistic is not None:
+            accumulator = Accumulator(statistic, 64, task.partition_samples, torch.device("cpu"), parking)
+            for number, x in numbered:
+                accumulator.add(number, x)
+            nodes = accumulator.nodes(park=parking is not None)
+        together.append(Together(linears, nodes))
     own = {name: weight.clone() for name, weight in weights.items()}
-    reports = solve_group(task.linears, own, nodes, task, group, torch.device("cpu"), Stopwatch())
+    reports = solve_stage(together, own, task, group, torch.device("cpu"), Stopwatch())
     return [Solved(own[report.name], report) for report in reports]
 
 
@@ -72,6 +79,7 @@ def solved_by(
     dtype: torch.dtype,
     parking: Callable[[], Parking | None] = lambda: None,
     exchange_seconds: float = 2e-3,
+    apart: bool = False,
 ) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
     table = METHODS[method]
@@ -83,7 +91,7 @@ def solved_by(
 
     def work(group: Any) -> list[Solved]:
         start, stop = even_ranges(partitions, group.size)[group.rank]
-        return solved(weights, numbered[start * 4 : stop * 4], task, group, parking())
+        return solved(weights, numbered[start * 4 : stop * 4], task, group, parking(), apart)
 
     results: list[list[Solved]] = run_group(workers, work)
     return results
@@ -91,12 +99,14 @@ def solved_by(
 
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])
-@pytest.mark.parametrize("ways", ["split", "dealt"])
+@pytest.mark.parametrize("ways", ["split", "dealt", "apart"])
 def test_any_number_of_workers_gives_the_same_bytes(run_group: Any, method: str, pattern: Pattern, ways: str) -> None:
     cost = 0.0 if ways == "split" else 1e9
     (reference,) = solved_by(1, run_group, method, pattern, torch.bfloat16)
     for workers in (2, 3, 5):
-        for each in solved_by(workers, run_group, method, pattern, torch.bfloat16, exchange_seconds=cost):
+        for each in solved_by(
+            workers, run_group, method, pattern, torch.bfloat16, exchange_seconds=cost, apart=ways == "apart"
+        ):
             assert [one.report for one in each] == [other.report for other in reference]
             for one, other in zip(each, reference, strict=True):
                 assert torch.equal(one.weight.view(torch.int16), other.weight.view(torch.int16))
@@ -175,7 +185,7 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
         nodes = accumulator.nodes()
         sums[group.rank] = [weakref.ref(node.total) for node in nodes]
         own = {name: weight.clone() for name, weight in weights.items()}
-        list(solving.solve_group(task.linears, own, nodes, task, group, torch.device("cpu"), Stopwatch()))
+        list(solving.solve_stage([Together(task.linears, nodes)], own, task, group, torch.device("cpu"), Stopwatch()))
 
     run_group(2, work)
     assert alive

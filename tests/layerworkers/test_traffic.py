@@ -12,18 +12,20 @@ from billhook.layerworkers.collective import Counted
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import Node, even_ranges, fold, node_count
-from billhook.layerworkers.solving import solve_group
+from billhook.layerworkers.solving import Together, solve_stage
 from billhook.layerworkers.statistics import Accumulator
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearTask
-from billhook.layerworkers.traffic import Matrix, group_traffic
+from billhook.layerworkers.traffic import Matrix, stage_traffic
 
 PARTITIONS, COLUMNS = 7, 300
 ROWS = {"q": 96, "k": 40, "v": 33}
 
 
-def moved(run_group: Any, workers: int, method: str, pattern: Pattern, exchange_seconds: float) -> list[list[int]]:
-    """Solve a group of linears; return what each worker moved, exchange by exchange."""
+def moved(
+    run_group: Any, workers: int, method: str, pattern: Pattern, exchange_seconds: float, apart: bool = False
+) -> list[list[int]]:
+    """Solve linears with one input, or each with its own; return what each worker moved, exchange by exchange."""
     table = METHODS[method]
     torch.manual_seed(0)
     weights = {name: torch.randn(rows, COLUMNS).bfloat16() for name, rows in ROWS.items()}
@@ -36,23 +38,26 @@ def moved(run_group: Any, workers: int, method: str, pattern: Pattern, exchange_
 
     def work(group: Any) -> list[int]:
         counts: list[int] = []
-        nodes: list[Node] = []
-        if table.statistic is not None:
-            accumulator = Accumulator(table.statistic, COLUMNS, 1, torch.device("cpu"))
-            for number in range(*even_ranges(PARTITIONS, workers)[group.rank]):
-                accumulator.add(number, inputs[number])
-            nodes = accumulator.nodes()
+        together = []
+        for members in [[linear] for linear in linears] if apart else [linears]:
+            nodes: list[Node] = []
+            if table.statistic is not None:
+                accumulator = Accumulator(table.statistic, COLUMNS, 1, torch.device("cpu"))
+                for number in range(*even_ranges(PARTITIONS, workers)[group.rank]):
+                    accumulator.add(number, inputs[number])
+                nodes = accumulator.nodes()
+            together.append(Together(members, nodes))
         own = {name: weight.clone() for name, weight in weights.items()}
         watch = Stopwatch()
         counted = Counted(group, counts.append, watch)
-        list(solve_group(linears, own, nodes, task, counted, torch.device("cpu"), watch))
+        list(solve_stage(together, own, task, counted, torch.device("cpu"), watch))
         return counts
 
     result: list[list[int]] = run_group(workers, work)
     return result
 
 
-@pytest.mark.parametrize("ways", ["split", "dealt"])
+@pytest.mark.parametrize("ways", ["split", "dealt", "apart"])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("method", list(METHODS))
@@ -63,9 +68,10 @@ def test_predicted_and_measured_bytes_agree(
     monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 10_000)
     table = METHODS[method]
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
+    stage = [[matrix] for matrix in matrices] if ways == "apart" else [matrices]
     partitions = PARTITIONS if table.statistic else 0
-    predicted = group_traffic(matrices, table, pattern, table.options(), partitions, 16, workers, exchange_seconds)
-    counts = moved(run_group, workers, method, pattern, exchange_seconds)
+    predicted = stage_traffic(stage, table, pattern, table.options(), partitions, 16, workers, exchange_seconds)
+    counts = moved(run_group, workers, method, pattern, exchange_seconds, ways == "apart")
     measured = sum(map(sum, counts))
     assert predicted.moved_bytes == pytest.approx(measured, rel=0.01)
     if workers > 1:
@@ -78,7 +84,7 @@ def test_predicted_and_measured_bytes_agree(
 def test_nothing_moves_twice_for_rows_that_are_left_alone(run_group: Any) -> None:
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     table, pattern = METHODS["wanda"], Unstructured(Fraction(0))
-    predicted = group_traffic(matrices, table, pattern, table.options(), PARTITIONS, 16, 3, 0.0)
+    predicted = stage_traffic([matrices], table, pattern, table.options(), PARTITIONS, 16, 3, 0.0)
     assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern, 0.0)))
 
 

@@ -291,18 +291,6 @@ def test_remote_code_is_run_on_request_only(model: Path, tmp_path: Path) -> None
     assert not marker.exists()
 
 
-def test_a_mixture_of_experts_is_refused_rather_than_half_pruned(make_model: Any, tmp_path: Path) -> None:
-    folder = make_model("mixtral", num_local_experts=4)
-    with pytest.raises(InputError, match="mixtures of experts"):
-        prune(folder, tmp_path / "out", method="magnitude")
-
-
-def test_a_model_without_linears_is_refused(make_model: Any, tmp_path: Path) -> None:
-    folder = make_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128)
-    with pytest.raises(InputError, match="no linear layers"):
-        prune(folder, tmp_path / "out", method="magnitude")
-
-
 def test_a_link_as_output_is_emptied_again(model: Path, tmp_path: Path, ray_cluster: None) -> None:
     for path in shards(model):
         tensors = load_file(path)

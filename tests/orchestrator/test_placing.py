@@ -116,11 +116,11 @@ def test_a_way_that_needs_less_disk_is_taken_where_disk_is_short(shape_of_8b: Pa
     assert made.arrangement.peak.disk == 0
 
 
-def test_excluding_the_first_linear_of_a_group_counts_what_it_has_made(shape_of_8b: Path) -> None:
+def test_excluding_the_first_linear_of_a_group_changes_nothing_of_what_waits(shape_of_8b: Path) -> None:
     options: dict[str, Any] = {"ram": 64 * GIB, "samples": 64, "intermediates": "hold", "statistics": "device"}
     whole, part = (planned(shape_of_8b, **options, **more) for more in ({}, {"exclude": "gate_proj"}))
     before = whole.arrangement.phases["statistics of mlp.gate_proj"].device
-    assert part.arrangement.phases["statistics of mlp.up_proj"].device - before > 0.5 * 64 * 512 * 14336 * 2
+    assert part.arrangement.phases["statistics of mlp.up_proj"].device == before
 
 
 def test_sizes_are_read_as_people_write_them(shape_of_8b: Path) -> None:
