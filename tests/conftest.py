@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TEXT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -57,13 +58,7 @@ def make_model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Make
         **overrides: Any,
     ) -> Path:
         shape: dict[str, Any] = {
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 144,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
+            **TEXT,
             "bos_token_id": 510,
             "eos_token_id": 511,
             "pad_token_id": 0,
