@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from billhook.layerworkers.block_facts import Arguments, InputGroup
 from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.coverage import instead, starved_experts, summed
 from billhook.layerworkers.experts import Experts, tokens_of
@@ -19,7 +20,6 @@ from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed,
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.reduction import Node, give_up
 from billhook.layerworkers.scratch import Parking
-from billhook.layerworkers.skeleton import Arguments, InputGroup
 from billhook.layerworkers.solving import Together
 from billhook.layerworkers.stages import Stage, in_stages
 from billhook.layerworkers.statistics import Accumulator

@@ -24,10 +24,10 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from billhook.layerworkers.block_facts import Arguments, InputGroup
 from billhook.layerworkers.experts import Experts
 from billhook.layerworkers.live import LiveTensors, ParkedTensors
 from billhook.layerworkers.scratch import Parking
-from billhook.layerworkers.skeleton import Arguments, InputGroup
 from billhook.layerworkers.stages import Stage
 
 Arriving = Iterator[tuple[int, InputGroup, Tensor]]

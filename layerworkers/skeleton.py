@@ -7,64 +7,28 @@ by a stub, so nothing here knows an architecture.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
+from billhook.layerworkers.block_facts import (
+    Arguments,
+    BlockFacts,
+    Footprint,
+    footprint_on_meta,
+    kind_of,
+    run_on_meta,
+)
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.experts import Experts, Parts, Stop, part_of, stacked_names
-from billhook.layerworkers.families import ROUTERS, Stacked, stacked_experts
-from billhook.layerworkers.live import LiveTensors
+from billhook.layerworkers.experts import Experts, Parts, part_of, stacked_names
+from billhook.layerworkers.families import Stacked, stacked_experts
 from billhook.layerworkers.shards import TensorEntry
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a block, without the hidden state."""
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Linears of a block that share one input tensor; names are within the block."""
-
-    stop: str
-    """The module before which samples wait, whose input it is: the first of the linears, or what shows it earlier."""
-    linears: tuple[str, ...]
-    """In execution order; none where experts are chosen: the input is then which each token is sent to."""
-    experts: str = ""
-    """The experts that the linears belong to; empty: none."""
-    share: float = 1.0
-    """Of all tokens, those that come here where experts are sent as many each."""
-    second: bool = False
-    """Whether the linears end their experts."""
-    number: int = 0
-    """Of the expert."""
-
-
-@dataclass(frozen=True)
-class BlockFacts:
-    """How a block computes, found by running it on the meta device."""
-
-    input_groups: tuple[InputGroup, ...]
-    """In execution order."""
-    returns_tuple: bool
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Memory that one sample needs while it runs through a block, beside the block's weights; from a meta run."""
-
-    hidden_bytes: int
-    """Of its hidden state."""
-    running_bytes: int
-    """Most that is alive at once while it runs, its input included."""
-    waiting_bytes: dict[str, int]
-    """What is alive while it waits for a group of linears, its input included; by the name of the stop."""
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -303,9 +267,9 @@ class Skeleton:
 
         def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
             block = self.blocks[index]
-            kind = _kind(block, arguments)
+            kind = kind_of(block, arguments)
             if kind not in found:
-                found[kind] = _footprint_on_meta(block, given, arguments, self._facts[index].input_groups)
+                found[kind] = footprint_on_meta(block, given, arguments, self._facts[index].input_groups)
             by_block.append(found[kind])
             return given
 
@@ -403,10 +367,10 @@ class Skeleton:
         found: dict[object, BlockFacts] = {}
 
         def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
-            kind = _kind(self.blocks[index], arguments)
+            kind = kind_of(self.blocks[index], arguments)
             if kind not in found:
                 try:
-                    found[kind] = _run_on_meta(self.blocks[index], given, arguments)
+                    found[kind] = run_on_meta(self.blocks[index], given, arguments)
                 except (NotImplementedError, RuntimeError) as error:  # such as where a branch depends on values
                     raise InputError(
                         f"{type(self.model).__name__}: block {index} cannot be run without its weights "
@@ -539,113 +503,6 @@ def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     names: list[str] = [name for name, module in model.named_modules() if module is wanted]
     return names[0]
-
-
-def _kind(block: nn.Module, arguments: Arguments) -> object:
-    """Return what blocks have in common that compute alike."""
-    leaves, structure = tree_flatten(arguments)
-    shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
-    parameters = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
-    return type(block), str(structure), str(shapes), str(parameters)
-
-
-def _run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> BlockFacts:
-    """Run a block whose parameters are on the meta device, noting which linears share an input tensor."""
-    groups: dict[int, InputGroup] = {}
-    alive: list[Tensor] = []  # an id is unique only while its tensor lives
-    own = _groups_of_their_own(block)
-
-    shares: dict[str, float] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        alive.append(x)
-        group = own[name]
-        if group.experts and not group.linears:
-            shares[group.experts] = _share(block.get_submodule(group.experts), x)
-        group = replace(group, share=shares.get(group.experts, 1.0))
-        if id(x) in groups:
-            group = replace(groups[id(x)], linears=(*groups[id(x)].linears, *group.linears))
-        groups[id(x)] = group
-
-    out = _call_on_meta(block, hidden, arguments, list(own), note)
-    return BlockFacts(tuple(groups.values()), isinstance(out, tuple))
-
-
-def _share(experts: nn.Module, routing: Tensor) -> float:
-    """Return the share of the tokens that an expert is fitted to, given which each is sent to: [N, K], or a list."""
-    assert isinstance(experts, Experts)
-    if experts.shown_all:
-        return 1.0
-    choices: int = routing.shape[1] if routing.dim() == 2 else 1
-    return choices / experts.count
-
-
-def _groups_of_their_own(block: nn.Module) -> dict[str, InputGroup]:
-    """Return, for each module that stands for linears, what the group would be if no other shared the input."""
-    experts = {path: module for path, module in block.named_modules() if isinstance(module, Experts)}
-    groups = {}
-    for name, module in block.named_modules():
-        owner = next((path for path in experts if name.startswith(f"{path}.")), "")
-        if isinstance(module, Stop):
-            linears = tuple(f"{owner}.{each}" for each in module.linears())
-            groups[name] = InputGroup(name, linears, owner, second=module.second, number=module.number)
-        elif owner and name == f"{owner}.routed":
-            groups[name] = InputGroup(name, (), owner)
-        elif isinstance(module, nn.Linear) and not owner and not _is_router(block, name):
-            groups[name] = InputGroup(name, (name,))
-    return groups
-
-
-def _is_router(block: nn.Module, name: str) -> bool:
-    """Whether a linear, or a module that it is part of, stands beside experts and is called a router."""
-    parts = name.split(".")
-    return any(
-        part in ROUTERS and hasattr(block.get_submodule(".".join(parts[:depth])), "experts")
-        for depth, part in enumerate(parts)
-    )
-
-
-def _footprint_on_meta(
-    block: nn.Module, hidden: Tensor, arguments: Arguments, groups: tuple[InputGroup, ...]
-) -> Footprint:
-    live = LiveTensors()
-    waiting: dict[str, int] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        waiting[name] = live.size_bytes()
-
-    with live.watching():
-        _call_on_meta(block, hidden, arguments, [group.stop for group in groups], note)
-    return Footprint(hidden.nbytes, live.peak_bytes, waiting)
-
-
-def _call_on_meta(
-    block: nn.Module, hidden: Tensor, arguments: Arguments, stops: Sequence[str], note: Callable[[str, Tensor], None]
-) -> Any:
-    """Call a block whose parameters are on the meta device; ``note`` is told of the inputs of the modules ``stops``."""
-
-    def to_meta(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, Tensor) else value
-
-    buffers = [
-        (module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)
-    ]
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
-        for name in stops
-    ]
-    try:
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer.to("meta"))
-        args, kwargs = tree_map(to_meta, arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return block(hidden.to("meta"), *args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
 
 
 def same_arguments(left: Sequence[Arguments], right: Sequence[Arguments]) -> bool:

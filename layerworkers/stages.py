@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from billhook.layerworkers.skeleton import InputGroup
+from billhook.layerworkers.block_facts import InputGroup
 
 Stage = tuple[InputGroup, ...]
 """Groups whose inputs are all known before a linear of any of them runs: one, or those of several experts."""

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
+from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, InputError, RunError
 from billhook.layerworkers.fitting import BlockFit
@@ -21,7 +22,7 @@ from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
-from billhook.layerworkers.skeleton import Arguments, Skeleton, same_arguments
+from billhook.layerworkers.skeleton import Skeleton, same_arguments
 from billhook.layerworkers.solving import Together, left_dense, solve_stage
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import (

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from billhook.layerworkers.block_facts import InputGroup
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES, TensorEntry
-from billhook.layerworkers.skeleton import InputGroup, Skeleton
+from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.tasks import ModuleTensor, StemTask
 from billhook.orchestrator.checkpoint import Checkpoint
 

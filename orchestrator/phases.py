@@ -15,6 +15,7 @@ import torch
 
 from billhook.kernels.gram import BAND_ROWS
 from billhook.kernels.products import row_partitions
+from billhook.layerworkers.block_facts import Footprint
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
@@ -28,7 +29,6 @@ from billhook.layerworkers.sharing import (
     share_out_stage,
     work_of,
 )
-from billhook.layerworkers.skeleton import Footprint
 from billhook.layerworkers.stages import in_stages
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear

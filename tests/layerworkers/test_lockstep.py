@@ -7,9 +7,10 @@ import pytest
 import torch
 from families import FAMILIES
 
+from billhook.layerworkers.block_facts import Arguments, InputGroup
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.scratch import DiskParking
-from billhook.layerworkers.skeleton import Arguments, InputGroup, Skeleton
+from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.stages import Stage, in_stages
 from billhook.orchestrator.model import open_model
 
