@@ -71,12 +71,12 @@ def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
     Raises:
         InputError: when a parameter has no tensor, or one of another shape.
     """
-    names = skeleton.module_names(list(checkpoint.tensors))
+    names = skeleton.names.module_names(list(checkpoint.tensors))
     parameters = dict(skeleton.model.named_parameters()) | dict(skeleton.model.named_buffers())
     by_module: dict[str, TensorEntry] = {}
     matched: set[str] = set()
     for disk_name, module_name in names.items():
-        for parameter, entry in skeleton.parameters_in(module_name, checkpoint.tensors[disk_name]).items():
+        for parameter, entry in skeleton.names.parameters_in(module_name, checkpoint.tensors[disk_name]).items():
             if parameter in parameters:
                 expected = tuple(parameters[parameter].shape)
                 if entry.meant_shape != expected:

@@ -96,7 +96,7 @@ def open_model(
         compute = _resolve_dtype(dtype, device, stored)
         separate = None
         skeleton = Skeleton(folder, getattr(torch, compute), torch.device("cpu"), trust_remote_code, None, route_all)
-        checkpoint = imagined_checkpoint(folder, skeleton.disk_shapes(), stored)
+        checkpoint = imagined_checkpoint(folder, skeleton.names.disk_shapes(), stored)
     return Model(
         checkpoint,
         skeleton.config,
