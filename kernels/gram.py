@@ -5,6 +5,9 @@ Legend: T tokens, C input channels of the linear, B those of a band, L those up 
 
 from __future__ import annotations
 
+import os
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -22,14 +25,28 @@ def add_gram_(gram_CC: Tensor, x_TC: Tensor) -> None:
     """Add ``X^T X`` to the lower triangle of ``gram_CC``, in place; the part above the diagonal is left alone.
 
     gram_CC: [C, C] float32, contiguous. x_TC: [T, C] of any float dtype, on the same device.
-    Half of the products are enough, since the Gram matrix is symmetric: BLAS ``syrk`` on a CPU. On other devices, where
-    torch offers none, see :func:`add_gram_by_bands_`; something may be added above the diagonal there.
+    Half of the products are enough, since the Gram matrix is symmetric: BLAS ``syrk`` on a CPU, or, of bfloat16, see
+    :mod:`billhook.kernels.gram_bfloat16`. On other devices, where torch offers none, see :func:`add_gram_by_bands_`;
+    something may be added above the diagonal there.
     """
     if gram_CC.device.type != "cpu":
         add_gram_by_bands_(gram_CC, x_TC)
         return
+    if x_TC.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
+        from billhook.kernels import gram_bfloat16  # imports numba
+
+        gram_bfloat16.add_gram(gram_CC, x_TC)
+        return
     with safe_threads(gram_CC.shape[0]):
         lapack.add_gram(gram_CC, x_TC.float().contiguous())
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU does, and numba is not told to compile for another one."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    here = not {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & set(os.environ)
+    return here and bool(capabilities.get("avx512_bf16", False))
 
 
 BAND_ROWS = 2048

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -186,6 +186,10 @@ def run_plain(block: nn.Module, inputs: MutableSequence[Tensor], arguments: Argu
         inputs[sample] = output_of(block(hidden, *args, **kwargs))
 
 
+class _AllSeen(Exception):  # noqa: N818 - nothing is wrong
+    """Raised in a block to leave it once nothing more of it is wanted."""
+
+
 @torch.inference_mode()
 def run_observed(
     block: nn.Module,
@@ -194,7 +198,7 @@ def run_observed(
     arguments: Arguments | None,
     on_input: Callable[[int, InputGroup, Tensor], None],
 ) -> None:
-    """Run the block as it is on every sample for the sake of what enters its linears; the outputs are dropped.
+    """Run the block as it is on every sample for the sake of what enters its linears, as far as the last of these.
 
     on_input: called with the sample's position, the group, and its input [..., C].
     """
@@ -202,6 +206,7 @@ def run_observed(
     stop_of = stops_of(block, groups)
     current = 0
     shown: dict[str, weakref.ref[Tensor]] = {}
+    expected: set[str] = set()
 
     def observe(name: str, x: Tensor) -> None:
         stop = stop_of[name]
@@ -210,6 +215,9 @@ def run_observed(
             on_input(current, group_at[name], x)
         else:
             assert shown[stop]() is x, f"{name} does not see the input of {stop}"
+        expected.discard(name)
+        if not expected:
+            raise _AllSeen
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(lambda _module, given, name=name: observe(name, given[0]))
@@ -219,7 +227,10 @@ def run_observed(
         for current in range(len(inputs)):
             assert arguments is not None
             args, kwargs = arguments
-            block(inputs[current].clone(), *args, **kwargs)  # the input is needed again
+            expected |= set(stop_of)
+            with suppress(_AllSeen):
+                block(inputs[current].clone(), *args, **kwargs)  # the input is needed again
+            assert not expected, f"sample {current} left the block before {', '.join(sorted(expected))}"
     finally:
         for handle in handles:
             handle.remove()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from billhook.kernels.gram import cpu_multiplies_bfloat16
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.sharing import share_out_stage
 from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic
@@ -90,7 +91,10 @@ def _flops(job: Job, facts: BlockWork) -> _Flops:
 
 
 def _statistics_rate(recipe: Recipe, rates: Rates) -> float:
-    exact = recipe.device != "cpu" and getattr(torch, recipe.dtype).itemsize == 2  # tensor cores, summing in float32
+    if recipe.device == "cpu":
+        exact = recipe.dtype == "bfloat16" and cpu_multiplies_bfloat16()
+    else:
+        exact = getattr(torch, recipe.dtype).itemsize == 2  # tensor cores, summing in float32
     return rates.flops if exact else rates.float32_flops
 
 

@@ -62,20 +62,19 @@ class Method:
 def mask_by_score(weight_RC: Tensor, score_RC: Tensor, select: Selector, partition_rows: int) -> Solution:
     """Remove the entries with the smallest scores; survivors keep their values.
 
-    score_RC: [R, C] float32, at least 0. Loss and energy are the squared scores of what is removed, and of all.
+    weight_RC: [R, C] float32; score_RC: [R, C] float32, at least 0; both are overwritten. Loss and energy are the
+    squared scores of what is removed, and of all.
     """
     prune_RC = select(score_RC)
-    squares_RC = score_RC.square()
-    return Solution(
-        weight_RC.masked_fill(prune_RC, 0.0),
-        removed=int(prune_RC.sum()),
-        loss=partition_sums(squares_RC.masked_fill(~prune_RC, 0.0), partition_rows),
-        energy=partition_sums(squares_RC, partition_rows),
-    )
+    squares_RC = score_RC.square_()
+    energy = partition_sums(squares_RC, partition_rows)
+    weight_RC.masked_fill_(prune_RC, 0.0)
+    removed = int(prune_RC.count_nonzero())
+    squares_RC.masked_fill_(prune_RC.logical_not_(), 0.0)
+    return Solution(weight_RC, removed, partition_sums(squares_RC, partition_rows), energy)
 
 
 def partition_sums(values_RC: Tensor, partition_rows: int) -> list[float]:
-    """Sum ``values_RC`` over each row partition, in float64."""
-    return [
-        float(values_RC[start:stop].double().sum()) for start, stop in row_partitions(len(values_RC), partition_rows)
-    ]
+    """Sum the rows of ``values_RC``, and these sums, in float64, over each row partition."""
+    sums_R = values_RC.sum(dim=1).double()
+    return [float(sums_R[start:stop].sum()) for start, stop in row_partitions(len(values_RC), partition_rows)]

@@ -60,22 +60,22 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         block_RB = weight_RC[:, start:stop].clone()
-        corner_BB = factor_CC[start:stop, start:stop]
+        corner_BB = factor_CC[start:stop, start:stop].contiguous()
         if isinstance(select.pattern, NM):
             error_RB = sweep_groups(block_RB, corner_BB, select.pattern.keep, select.pattern.group)
             refuse_nan(error_RB)
             refuse_nan(block_RB)
             removed += int(select.pattern.sparsity * block_RB.numel())
         else:
-            prune_RB = select((block_RB / corner_BB.diagonal()).square())
+            prune_RB = select((block_RB / corner_BB.diagonal().contiguous()).square_())
             error_RB = sweep_masked(block_RB, corner_BB, prune_RB)
-            removed += int(prune_RB.sum())
+            removed += int(prune_RB.count_nonzero())
         weight_RC[:, start:stop] = block_RB
         for first, last in row_partitions(len(error_RB), problem.partition_rows):
             squared_error_R1[first:last] += error_RB[first:last].square().sum(dim=1, keepdim=True)
         if stop < columns:
             for first, last in row_partitions(len(error_RB), problem.partition_rows):
-                weight_RC[first:last, stop:] -= error_RB[first:last] @ factor_CC[start:stop, stop:]
+                weight_RC[first:last, stop:].addmm_(error_RB[first:last], factor_CC[start:stop, stop:], alpha=-1)
     return Solution(weight_RC, removed, partition_sums(squared_error_R1 / 2, problem.partition_rows), energy)
 
 
@@ -85,7 +85,9 @@ def _energy(weight_RC: Tensor, factor_CC: Tensor, partition_rows: int) -> list[f
         float(
             torch.linalg.solve_triangular(factor_CC, weight_RC[start:stop], upper=True, left=False)
             .square_()
-            .sum(dtype=torch.float64)
+            .sum(dim=1)
+            .double()
+            .sum()
         )
         / 2
         for start, stop in row_partitions(len(weight_RC), partition_rows)

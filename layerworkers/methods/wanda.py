@@ -25,7 +25,8 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
 
     The reported error is ``sum (S_ij of what was removed)^2 / sum S_ij^2``: that of uncorrelated inputs.
     """
-    return mask_by_score(weight_RC, weight_RC.abs() * problem.column_squares().sqrt(), select, problem.partition_rows)
+    score_RC = weight_RC.abs().mul_(problem.column_squares().sqrt())
+    return mask_by_score(weight_RC, score_RC, select, problem.partition_rows)
 
 
 WANDA = Method(
