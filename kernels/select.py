@@ -30,9 +30,8 @@ def smallest_in_rows(score_RC: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(score_RC, dtype=torch.bool)
     if score_RC.device.type == "cpu":
-        score_RC = score_RC.contiguous()
-        mask_RC = torch.empty_like(score_RC, dtype=torch.bool)
-        compiled(_rows_loop)(score_RC.numpy(), count, mask_RC.numpy())
+        mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
+        compiled(_rows_loop)(score_RC.contiguous().view(torch.int32).numpy(), count, mask_RC.numpy())
         return mask_RC
     threshold_R1 = torch.kthvalue(score_RC, count, dim=1, keepdim=True).values
     below_RC = score_RC < threshold_R1
@@ -45,10 +44,18 @@ def smallest_in_groups(score_RC: Tensor, keep: int, group: int) -> Tensor:
     """Return the mask [R, C] of the ``group - keep`` smallest in every ``group`` consecutive columns (N:M, N kept)."""
     if score_RC.device.type == "cpu":
         score_RC = score_RC.contiguous()
-        mask_RC = torch.zeros_like(score_RC, dtype=torch.bool)
+        mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
         compiled(_groups_loop)(score_RC.view(-1, group).numpy(), group - keep, mask_RC.view(-1, group).numpy())
         return mask_RC
     return smallest_in_rows(score_RC.reshape(-1, group), group - keep).view_as(score_RC)
+
+
+def zero_where_(values_RC: Tensor, mask_RC: Tensor) -> None:
+    """Set the entries of ``values_RC`` at which ``mask_RC`` is true to 0, in place; both are contiguous."""
+    if values_RC.device.type == "cpu" and values_RC.dtype == torch.float32:
+        compiled(_zero_loop)(values_RC.view(-1).numpy(), mask_RC.view(-1).numpy())
+    else:
+        values_RC.masked_fill_(mask_RC, 0.0)
 
 
 def histogram(score: Tensor, known: int, prefix: int, bits: int) -> Tensor:
@@ -116,27 +123,66 @@ def _below_loop(bits: Any, threshold: int, ties_wanted: int, mask: Any) -> None:
             mask[i] = key < threshold
 
 
-def _rows_loop(score: Any, count: int, mask: Any) -> None:
-    rows, columns = score.shape
+def _rows_loop(bits: Any, count: int, mask: Any) -> None:
+    """Halve, for each row, the range in which the key of its ``count``-th smallest lies: each pass counts vectors."""
+    rows, columns = bits.shape
+    key = np.empty(columns, dtype=np.int32)
     for r in range(rows):
-        threshold = np.partition(score[r], count - 1)[count - 1]
-        wanted = count
+        low, high = np.int32(2147483647), np.int32(-2147483648)
         for c in range(columns):
-            if score[r, c] < threshold:
-                wanted -= 1
+            b = bits[r, c]
+            signed = np.int32(0) if b == -2147483648 else (np.int32(b ^ 0x7FFFFFFF) if b < 0 else b)
+            key[c] = signed
+            low, high = min(low, signed), max(high, signed)
+        while low < high:
+            middle = np.int32((np.int64(low) + np.int64(high)) >> 1)
+            reached = np.int32(0)
+            for c in range(columns):
+                reached += np.int32(key[c] <= middle)
+            if reached >= count:
+                high = middle
+            else:
+                low = np.int32(middle + 1)
+        wanted = np.int32(count)
         for c in range(columns):
-            tie = score[r, c] == threshold and wanted > 0
-            if tie:
-                wanted -= 1
-            mask[r, c] = tie or score[r, c] < threshold
+            below = key[c] < low
+            mask[r, c] = below
+            wanted -= np.int32(below)
+        for c in range(columns):
+            if wanted == 0:
+                break
+            if key[c] == low:
+                mask[r, c] = True
+                wanted -= np.int32(1)
+
+
+LANES = 128
+"""Groups that lie beside each other, so that one instruction compares several; known to the compiler."""
 
 
 def _groups_loop(score: Any, remove: int, mask: Any) -> None:
+    """Remove what fewer than ``remove`` of its group come before: of equal scores the lower index does."""
     groups, width = score.shape
-    for g in range(groups):
-        for _ in range(remove):
-            best = -1
+    lane = np.zeros((width, LANES), dtype=np.float32)
+    before = np.zeros((width, LANES), dtype=np.int32)
+    for first in range(0, groups, LANES):
+        count = min(LANES, groups - first)  # the rest of the lanes is compared as well, and not looked at
+        for g in range(count):
             for i in range(width):
-                if not mask[g, i] and (best < 0 or score[g, i] < score[g, best]):
-                    best = i
-            mask[g, best] = True
+                lane[i, g] = score[first + g, i]
+        before[:] = 0
+        for i in range(width):
+            for k in range(i):
+                for g in range(LANES):
+                    is_later = lane[k, g] <= lane[i, g]
+                    before[i, g] += is_later
+                    before[k, g] += not is_later
+        for g in range(count):
+            for i in range(width):
+                mask[first + g, i] = before[i, g] < remove
+
+
+def _zero_loop(values: Any, mask: Any) -> None:
+    zero = np.float32(0.0)
+    for i in range(values.shape[0]):
+        values[i] = zero if mask[i] else values[i]

@@ -40,7 +40,7 @@ Stage = Sequence[Sequence[Linear]]
 RAY_BYTES = 495 << 20
 """Memory of Ray's own processes on one node, its agents included, and of the actor that counts workers."""
 
-LIBRARY_BYTES = 200 << 20
+LIBRARY_BYTES = 300 << 20
 """Pages of libraries that the processes of a run share, counted once."""
 
 DRIVER_BYTES = 20 << 20

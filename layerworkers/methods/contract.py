@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
+from billhook.kernels.select import zero_where_
 from billhook.layerworkers.collective import Load
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
@@ -68,9 +69,9 @@ def mask_by_score(weight_RC: Tensor, score_RC: Tensor, select: Selector, partiti
     prune_RC = select(score_RC)
     squares_RC = score_RC.square_()
     energy = partition_sums(squares_RC, partition_rows)
-    weight_RC.masked_fill_(prune_RC, 0.0)
+    zero_where_(weight_RC, prune_RC)
     removed = int(prune_RC.count_nonzero())
-    squares_RC.masked_fill_(prune_RC.logical_not_(), 0.0)
+    zero_where_(squares_RC, prune_RC.logical_not_())
     return Solution(weight_RC, removed, partition_sums(squares_RC, partition_rows), energy)
 
 

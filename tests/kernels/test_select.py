@@ -12,6 +12,7 @@ from billhook.kernels.select import (
     smallest_in_rows,
     smallest_reference,
     sortable_keys,
+    zero_where_,
 )
 
 
@@ -70,3 +71,26 @@ def test_every_group_loses_exactly_what_it_should(keep: int, group: int) -> None
         for start in range(0, 5 * group, group):
             piece = slice(start, start + group)
             assert torch.equal(mask[row, piece], smallest_reference(score[row, piece], group - keep))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 64, 1000, 5000])
+def test_rows_of_any_width_are_selected_exactly(columns: int) -> None:
+    torch.manual_seed(0)
+    score = torch.stack([torch.randn(columns), torch.rand(columns) * 1e-40, torch.zeros(columns)])
+    for count in {1, columns // 2, columns} - {0}:
+        mask = smallest_in_rows(score, count)
+        assert all(torch.equal(row, smallest_reference(own, count)) for row, own in zip(mask, score, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_where_leaves_the_others_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(7, 33, dtype=dtype)
+    values[0, :4] = torch.tensor([float("inf"), -0.0, float("inf"), float("-inf")])
+    mask = torch.rand(7, 33) < 0.5
+    mask[0, :4] = torch.tensor([True, False, False, True])
+    expected = values.masked_fill(mask, 0.0)
+    zero_where_(values, mask)
+    assert torch.equal(values, expected)
+    assert not torch.signbit(values[mask]).any()
+    assert torch.signbit(values[0, 1])
