@@ -84,17 +84,18 @@ def measure(model: Path, folder: Path) -> None:
 
 
 def run(model: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """Predict, prune, and compare."""
+    """Predict, prune, and compare; ``options`` win over :data:`OPTIONS`."""
     from billhook.orchestrator import plan, prune
 
+    options = OPTIONS | options
     shutil.rmtree(output, ignore_errors=True)
-    plans = [plan(model, **OPTIONS, **options) for _ in range(3)]
+    plans = [plan(model, **options) for _ in range(3)]
     busy = os.getloadavg()[0]
-    prune(model, output, **OPTIONS, **options)
+    prune(model, output, **options)
     events = [json.loads(line) for line in (output / "billhook" / "events.jsonl").read_text().splitlines()]
     blocks = [event for event in events if event["event"] == "block"][1:]
     shutil.rmtree(output)
-    plans += [plan(model, **OPTIONS, **options) for _ in range(2)]
+    plans += [plan(model, **options) for _ in range(2)]
     predicted = sorted((made.times[-1] for made in plans), key=lambda time: time.seconds)[2]
     seconds = statistics.median(block["seconds"] for block in blocks)
     return {
@@ -141,12 +142,17 @@ def _predicted() -> list[str]:
     lines = ["", f"Seconds of one block on several H100, each on a node of its own with {BANDWIDTH}:"]
     for name, keys in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
-            config |= {"vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False, **keys}
-            (Path(folder) / "config.json").write_text(json.dumps(config))
+            write_config(Path(folder), keys)
             for method, pattern in (("sparsegpt", "unstructured"), ("sparsegpt", "2:4"), ("wanda", "2:4")):
                 lines += ["", f"**{name}, {method}, {pattern}**", "", *_table(Path(folder), method, pattern)]
     return lines
+
+
+def write_config(folder: Path, keys: dict[str, Any]) -> None:
+    """Write the configuration of a Llama of some shape: all that a plan needs."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    config |= {"vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False, **keys}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _table(folder: Path, method: str, pattern: str) -> list[str]:
