@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from billhook.kernels.products import row_partitions
@@ -13,10 +15,24 @@ from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import NM, Pattern
 from billhook.layerworkers.reduction import even_ranges
 
-FLOPS_PER_SECOND = 5e10
-"""Rate of one worker that the choice between the two ways assumes: about that of one CPU core in float32."""
+CPU_FLOPS_PER_SECOND, GPU_FLOPS_PER_SECOND = 5e10, 2e13
+"""Rate of one worker in float32: about that of one CPU core, and half of what a data centre's GPU promises."""
 NEAR_EXCHANGE_SECONDS, FAR_EXCHANGE_SECONDS = 3e-4, 2e-3
 """Time of one exchange of small messages between the workers of one machine, and of several."""
+NEAR_BYTES_PER_SECOND, FAR_BYTES_PER_SECOND = 1e9, 2e9
+"""Rate of large ones, into or out of a worker."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a choice assumes of the workers: the same on all of them, since all have to choose alike."""
+
+    flops_per_second: float = CPU_FLOPS_PER_SECOND
+    """Of one worker, in float32."""
+    exchange_seconds: float = FAR_EXCHANGE_SECONDS
+    """Of one exchange of small messages."""
+    bytes_per_second: float = FAR_BYTES_PER_SECOND
+    """Into or out of one worker."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,14 @@ class Work:
     flops: float
     selections: int
     """Collective selections that are needed when the rows lie on several workers."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the linears of one input share: computed by one worker, and sent to each other that solves any of them."""
+
+    flops: float
+    size_bytes: int
 
 
 def is_local(method: Method, pattern: Pattern) -> bool:
@@ -43,45 +67,55 @@ def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: 
     return Work(rows, method.flops(rows, columns, options), selections)
 
 
-def share_out(linears: Sequence[Work], workers: int, partition_rows: int, exchange_seconds: float) -> list[list[Rows]]:
-    """Return, for each linear, the rows of each worker, in the order of the workers.
+def shared_of(method: Method, columns: int) -> Shared:
+    """Return what linears with an input of so many channels share."""
+    return Shared(method.factor_flops(columns), method.shared(columns).size_bytes)
 
-    Either every linear is split by row partitions over all workers, or whole linears are dealt out, the largest
-    first to the least loaded: whichever is estimated to end first. Row ranges are unions of row partitions.
+
+def share_out(
+    linears: Sequence[Work], shared: Shared, workers: int, partition_rows: int, pace: Pace
+) -> list[list[Rows]]:
+    """Return, for each linear of one input, the rows of each worker, in the order of the workers.
+
+    Either every linear is split by row partitions over some of the workers, or whole linears are dealt out to them, the
+    largest first to the least loaded: whatever is estimated to end first. Row ranges are unions of row partitions.
     """
-    split = [_split(work.rows, workers, partition_rows) for work in linears]
-    dealt, dealt_flops = _deal(linears, workers)
-    split_seconds = sum(
-        work.flops * max(stop - start for start, stop in ranges) / work.rows / FLOPS_PER_SECOND
-        + len(KEY_LEVELS) * work.selections * exchange_seconds * (workers > 1)
-        for work, ranges in zip(linears, split, strict=True)
-    )
-    return split if split_seconds < dealt_flops / FLOPS_PER_SECOND else dealt
+    ways = []
+    for solvers in range(1, workers + 1):
+        sending = (solvers - 1) * shared.size_bytes / pace.bytes_per_second
+        split = [_split(work.rows, solvers, partition_rows) for work in linears]
+        ways.append((sending + sum(map(partial(_seconds, pace), linears, split)), split))
+        dealt, flops = _deal(linears, solvers)
+        ways.append((sending + flops / pace.flops_per_second, dealt))
+    _, best = min(ways, key=itemgetter(0))
+    return [[*ranges, *[(0, 0)] * (workers - len(ranges))] for ranges in best]
 
 
 def share_out_stage(
-    groups: Sequence[Sequence[Work]],
-    shared_flops: Sequence[float],
-    workers: int,
-    partition_rows: int,
-    exchange_seconds: float,
+    groups: Sequence[Sequence[Work]], shared: Sequence[Shared], workers: int, partition_rows: int, pace: Pace
 ) -> list[list[list[Rows]]]:
     """Return, for each linear of each input group, the rows of each worker.
 
     A single group is shared out by :func:`share_out`. Several are dealt out whole, so that no worker waits for what
-    another does with its own. shared_flops: of what the linears of each group share, its factorisation.
+    another does with its own. shared: of each group.
     """
     if len(groups) == 1 or workers == 1:
-        return [share_out(own, workers, partition_rows, exchange_seconds) for own in groups]
+        return [share_out(own, each, workers, partition_rows, pace) for own, each in zip(groups, shared, strict=True)]
     whole = [
-        Work(1, sum(work.flops for work in group) + shared, 0)
-        for group, shared in zip(groups, shared_flops, strict=True)
+        Work(1, sum(work.flops for work in group) + each.flops, 0) for group, each in zip(groups, shared, strict=True)
     ]
     dealt, _ = _deal(whole, workers)
     return [
         [[(0, work.rows if own != (0, 0) else 0) for own in owners] for work in group]
         for group, owners in zip(groups, dealt, strict=True)
     ]
+
+
+def _seconds(pace: Pace, work: Work, ranges: Sequence[Rows]) -> float:
+    """Return how long the workers take to solve a linear together."""
+    most = max(stop - start for start, stop in ranges)
+    exchanges = len(KEY_LEVELS) * work.selections * (len(ranges) > 1)
+    return work.flops * most / work.rows / pace.flops_per_second + exchanges * pace.exchange_seconds
 
 
 def _split(rows: int, workers: int, partition_rows: int) -> list[Rows]:

@@ -21,7 +21,7 @@ from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, give_up, most_nodes, total
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.sharing import is_local, share_out_stage, work_of
+from billhook.layerworkers.sharing import is_local, share_out_stage, shared_of, work_of
 from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
@@ -89,11 +89,11 @@ def solve_stage(
         for together in groups
     ]
     columns = [weights[together.linears[0].disk_name].shape[1] for together in groups]
-    shared_flops = [
-        METHODS[together.linears[0].method].factor_flops(width) for together, width in zip(groups, columns, strict=True)
+    shared = [
+        shared_of(METHODS[together.linears[0].method], width) for together, width in zip(groups, columns, strict=True)
     ]
     dealt = len(groups) > 1 and group.size > 1
-    ranges = share_out_stage(work, shared_flops, group.size, task.partition_rows, task.exchange_seconds)
+    ranges = share_out_stage(work, shared, group.size, task.partition_rows, task.pace)
     problems = (
         _problem(together, own, weights, task, group, device, watch)
         for together, own in zip(groups, ranges, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.shards import TensorEntry
-from billhook.layerworkers.sharing import FAR_EXCHANGE_SECONDS
+from billhook.layerworkers.sharing import Pace
 from billhook.layerworkers.source import Source
 
 
@@ -128,8 +128,8 @@ class BlockTask:
     """What will be loaded after this block; read while it is computed, if so placed."""
     keep: TensorEntry | None = None
     """Where the samples' hidden states are kept once they left the block, row by row of sample index; None: nowhere."""
-    exchange_seconds: float = FAR_EXCHANGE_SECONDS
-    """Time of an exchange between workers: it decides how the solves are shared out, never bytes."""
+    pace: Pace = Pace()
+    """It decides how the solves are shared out, never bytes."""
     coverage: Coverage = Coverage()
 
 

@@ -14,7 +14,7 @@ from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import bands
-from billhook.layerworkers.sharing import share_out_stage, work_of
+from billhook.layerworkers.sharing import Pace, share_out_stage, shared_of, work_of
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,17 @@ def stage_traffic(
     partitions: int,
     partition_rows: int,
     workers: int,
-    exchange_seconds: float,
+    pace: Pace,
 ) -> Traffic:
     """Return what :func:`billhook.layerworkers.solving.solve_stage` moves between ``workers`` workers.
 
-    groups: of each input group of the stage, the linears. options: the method's own. exchange_seconds: see
-    :func:`billhook.layerworkers.sharing.share_out`.
+    groups: of each input group of the stage, the linears. options: the method's own.
     """
     if workers == 1:
         return NOTHING
     works = [[work_of(method, pattern, options, each.rows, each.columns) for each in group] for group in groups]
-    shared_flops = [method.factor_flops(group[0].columns) for group in groups]
-    ranges = share_out_stage(works, shared_flops, workers, partition_rows, exchange_seconds)
+    shared = [shared_of(method, group[0].columns) for group in groups]
+    ranges = share_out_stage(works, shared, workers, partition_rows, pace)
     traffic = Traffic(0, 0, 1)
     for matrices, work, own in zip(groups, works, ranges, strict=True):
         columns = matrices[0].columns

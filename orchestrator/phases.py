@@ -22,11 +22,17 @@ from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
 from billhook.layerworkers.sharing import (
+    CPU_FLOPS_PER_SECOND,
+    FAR_BYTES_PER_SECOND,
     FAR_EXCHANGE_SECONDS,
+    GPU_FLOPS_PER_SECOND,
+    NEAR_BYTES_PER_SECOND,
     NEAR_EXCHANGE_SECONDS,
+    Pace,
     Work,
     is_local,
     share_out_stage,
+    shared_of,
     work_of,
 )
 from billhook.layerworkers.stages import in_stages
@@ -85,11 +91,17 @@ class Job:
     """0 for methods that need none."""
     near: bool = False
     """Whether all workers are on one machine."""
+    bandwidth_bytes: float | None = None
+    """Per second, into or out of a worker; None: not told."""
 
     @property
-    def exchange_seconds(self) -> float:
-        """Of an exchange between workers."""
-        return NEAR_EXCHANGE_SECONDS if self.near else FAR_EXCHANGE_SECONDS
+    def pace(self) -> Pace:
+        """What workers are assumed to do in a second, where solves are shared out."""
+        return Pace(
+            CPU_FLOPS_PER_SECOND if self.recipe.device == "cpu" else GPU_FLOPS_PER_SECOND,
+            NEAR_EXCHANGE_SECONDS if self.near else FAR_EXCHANGE_SECONDS,
+            self.bandwidth_bytes or (NEAR_BYTES_PER_SECOND if self.near else FAR_BYTES_PER_SECOND),
+        )
 
     @property
     def partitions(self) -> int:
@@ -299,8 +311,8 @@ def _solving(job: Job, stage: Stage, partitions: Sequence[tuple[int, int]], plac
     local = is_local(method, job.pattern)
     partition_rows = recipe.partition_rows or 256
     works = [[job.work(linear) for linear in linears] for linears in stage]
-    shared = [method.factor_flops(linears[0].shape[1]) for linears in stage]
-    ranges = share_out_stage(works, shared, workers, partition_rows, job.exchange_seconds)
+    shared = [shared_of(method, linears[0].shape[1]) for linears in stage]
+    ranges = share_out_stage(works, shared, workers, partition_rows, job.pace)
     needs = []
     for rank in range(workers):
         partials = node_count(*partitions[rank]) if placement.statistics == "device" else 0

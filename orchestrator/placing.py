@@ -241,7 +241,7 @@ def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: in
     if not placement.read_ahead:
         seconds += facts.next_bytes / rates.disk_bytes
     stages = facts.stages(placement.experts_at_once)
-    seconds += len(stages) * job.exchange_seconds  # no more of them than need be
+    seconds += len(stages) * job.pace.exchange_seconds  # no more of them than need be
     waiting = [facts.waiting(stage) for stage in stages]
     if placement.intermediates == "spill" and job.samples:
         seconds += 2 * samples * sum(waiting) * parked[placement.spill_to]

@@ -112,7 +112,7 @@ class Plan:
             self.arrangement.placements[index],
             tuple(tensor for later in blocks[index + 1 : index + 2] for tensor in later.tensors),
             keep,
-            _job(request, self.resources, self.supposed).exchange_seconds,
+            _job(request, self.resources, self.supposed).pace,
             Coverage(recipe.expert_tokens, recipe.expert_fallback),
         )
 
@@ -250,7 +250,9 @@ def _connection(supposed: Supposition, rates: Rates) -> Connection:
 def _job(request: Request, resources: Resources, supposed: Supposition) -> Job:
     options = request.method.options(**request.options)
     near = resources.address is None and supposed == NOTHING_SUPPOSED
-    return Job(request.recipe, request.method, options, request.pattern, request.samples, near)
+    return Job(
+        request.recipe, request.method, options, request.pattern, request.samples, near, supposed.bandwidth_bytes
+    )
 
 
 def _tiers(resources: Resources) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 
 from billhook.kernels.gram import cpu_multiplies_bfloat16
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.sharing import share_out_stage
+from billhook.layerworkers.sharing import share_out_stage, shared_of
 from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic
 from billhook.orchestrator.phases import BlockWork, Job
 from billhook.orchestrator.probe import Rates
@@ -113,23 +113,23 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
     factors = 0.0
     for stage in facts.stages(0):
         works = [[job.work(linear) for linear in linears] for linears in stage]
-        shared = [job.method.factor_flops(linears[0].shape[1]) for linears in stage]
+        shared = [shared_of(job.method, linears[0].shape[1]) for linears in stage]
         seconds, factoring = [0.0] * workers, [0.0] * workers
-        shares = share_out_stage(works, shared, workers, partition_rows, job.exchange_seconds)
-        for linears, work, flops_of_factor, ranges_of in zip(stage, works, shared, shares, strict=True):
+        shares = share_out_stage(works, shared, workers, partition_rows, job.pace)
+        for linears, work, common, ranges_of in zip(stage, works, shared, shares, strict=True):
             for linear, each, ranges in zip(linears, work, ranges_of, strict=True):
                 launching = job.method.launches(linear.shape[1], job.options) * rates.launch_seconds
                 for rank, (start, stop) in enumerate(ranges):
                     if start < stop:
                         seconds[rank] += each.flops * (stop - start) / each.rows / rates.float32_flops + launching
             first = next(rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in ranges_of))
-            factoring[first] += flops_of_factor / rates.float32_flops
+            factoring[first] += common.flops / rates.float32_flops
         solving += max(seconds)
         factors += max(factoring)
         matrices = [[Matrix(*linear.shape, linear.item_bytes) for linear in linears] for linears in stage]
         traffic += stage_traffic(
             *(matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers),
-            job.exchange_seconds,
+            job.pace,
         )
     if workers > 1 and job.method.statistic is not None:
         traffic += Traffic(0, 0, facts.routings)
@@ -139,7 +139,7 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         share * flops.statistics / _statistics_rate(job.recipe, rates),
         factors,
         solving,
-        traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.exchange_seconds,
+        traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.pace.exchange_seconds,
         ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,
         flops.forward + flops.statistics + flops.factors + flops.solving,
         traffic.moved_bytes,

@@ -17,6 +17,7 @@ from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
+from billhook.layerworkers.sharing import Pace
 from billhook.layerworkers.solving import Together, solve_stage
 from billhook.layerworkers.statistics import Accumulator
 from billhook.layerworkers.stopwatch import Stopwatch
@@ -71,6 +72,10 @@ def solved(
     return [Solved(own[report.name], report) for report in reports]
 
 
+ALL_SOLVE = Pace(exchange_seconds=0.0, bytes_per_second=float("inf"))
+WHOLE_LINEARS = Pace(exchange_seconds=1e9, bytes_per_second=float("inf"))
+
+
 def solved_by(
     workers: int,
     run_group: Any,
@@ -78,7 +83,7 @@ def solved_by(
     pattern: Pattern,
     dtype: torch.dtype,
     parking: Callable[[], Parking | None] = lambda: None,
-    exchange_seconds: float = 2e-3,
+    pace: Pace = Pace(),
     apart: bool = False,
 ) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
@@ -86,7 +91,7 @@ def solved_by(
     tasks = [LinearTask(name, name, pattern, method, table.options()) for name in weights]
     partitions = 0 if table.statistic is None else 6
     sizes = (4, partitions, 16)
-    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", *sizes, exchange_seconds=exchange_seconds)
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", *sizes, pace=pace)
     numbered = list(enumerate(inputs))
 
     def work(group: Any) -> list[Solved]:
@@ -101,12 +106,10 @@ def solved_by(
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])
 @pytest.mark.parametrize("ways", ["split", "dealt", "apart"])
 def test_any_number_of_workers_gives_the_same_bytes(run_group: Any, method: str, pattern: Pattern, ways: str) -> None:
-    cost = 0.0 if ways == "split" else 1e9
+    pace = ALL_SOLVE if ways == "split" else WHOLE_LINEARS
     (reference,) = solved_by(1, run_group, method, pattern, torch.bfloat16)
     for workers in (2, 3, 5):
-        for each in solved_by(
-            workers, run_group, method, pattern, torch.bfloat16, exchange_seconds=cost, apart=ways == "apart"
-        ):
+        for each in solved_by(workers, run_group, method, pattern, torch.bfloat16, pace=pace, apart=ways == "apart"):
             assert [one.report for one in each] == [other.report for other in reference]
             for one, other in zip(each, reference, strict=True):
                 assert torch.equal(one.weight.view(torch.int16), other.weight.view(torch.int16))
@@ -164,7 +167,7 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
     """Else it would hold a Gram beside the factor that it is sent."""
     weights, inputs = problem(torch.bfloat16)
     tasks = [LinearTask(name, name, NM(2, 4), "sparsegpt", METHODS["sparsegpt"].options()) for name in weights]
-    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6, 16, exchange_seconds=0.0)  # all solve
+    task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6, 16, pace=ALL_SOLVE)
     sums: dict[int, list[weakref.ref[Any]]] = {}
     alive: list[bool] = []
     solve_share = solving._solve_share

@@ -12,6 +12,7 @@ from billhook.layerworkers.collective import Counted
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import Node, even_ranges, fold, node_count
+from billhook.layerworkers.sharing import Pace
 from billhook.layerworkers.solving import Together, solve_stage
 from billhook.layerworkers.statistics import Accumulator
 from billhook.layerworkers.stopwatch import Stopwatch
@@ -23,7 +24,7 @@ ROWS = {"q": 96, "k": 40, "v": 33}
 
 
 def moved(
-    run_group: Any, workers: int, method: str, pattern: Pattern, exchange_seconds: float, apart: bool = False
+    run_group: Any, workers: int, method: str, pattern: Pattern, pace: Pace, apart: bool = False
 ) -> list[list[int]]:
     """Solve linears with one input, or each with its own; return what each worker moved, exchange by exchange."""
     table = METHODS[method]
@@ -33,7 +34,7 @@ def moved(
     linears = tuple(LinearTask(name, name, pattern, method, table.options()) for name in weights)
     task = BlockTask(
         *(0, (), (), linears, "lockstep", "", 1, PARTITIONS if table.statistic else 0, 16),
-        exchange_seconds=exchange_seconds,
+        pace=pace,
     )
 
     def work(group: Any) -> list[int]:
@@ -58,20 +59,27 @@ def moved(
 
 
 @pytest.mark.parametrize("ways", ["split", "dealt", "apart"])
+@pytest.mark.parametrize("bytes_per_second", [1e3, float("inf")])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_predicted_and_measured_bytes_agree(
-    run_group: Any, method: str, pattern: Pattern, workers: int, ways: str, monkeypatch: pytest.MonkeyPatch
+    run_group: Any,
+    method: str,
+    pattern: Pattern,
+    workers: int,
+    bytes_per_second: float,
+    ways: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    exchange_seconds = 0.0 if ways == "split" else 1e9
+    pace = Pace(exchange_seconds=0.0 if ways == "split" else 1e9, bytes_per_second=bytes_per_second)
     monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 10_000)
     table = METHODS[method]
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     stage = [[matrix] for matrix in matrices] if ways == "apart" else [matrices]
     partitions = PARTITIONS if table.statistic else 0
-    predicted = stage_traffic(stage, table, pattern, table.options(), partitions, 16, workers, exchange_seconds)
-    counts = moved(run_group, workers, method, pattern, exchange_seconds, ways == "apart")
+    predicted = stage_traffic(stage, table, pattern, table.options(), partitions, 16, workers, pace)
+    counts = moved(run_group, workers, method, pattern, pace, ways == "apart")
     measured = sum(map(sum, counts))
     assert predicted.moved_bytes == pytest.approx(measured, rel=0.01)
     if workers > 1:
@@ -84,8 +92,8 @@ def test_predicted_and_measured_bytes_agree(
 def test_nothing_moves_twice_for_rows_that_are_left_alone(run_group: Any) -> None:
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     table, pattern = METHODS["wanda"], Unstructured(Fraction(0))
-    predicted = stage_traffic([matrices], table, pattern, table.options(), PARTITIONS, 16, 3, 0.0)
-    assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern, 0.0)))
+    predicted = stage_traffic([matrices], table, pattern, table.options(), PARTITIONS, 16, 3, Pace())
+    assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern, Pace())))
 
 
 def test_the_nodes_of_a_range_are_those_that_folding_leaves() -> None:
