@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from billhook.layerworkers import scratch
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.stopwatch import Stopwatch
+
+T = TypeVar("T")
 
 Message = Any
 """Nested tuples, lists and dicts of plain values and numpy arrays. Received arrays may be read-only."""
@@ -116,32 +118,79 @@ def gather_to(group: Collective, root: int, message: Message) -> list[Message]:
     return [received[rank] for rank in range(group.size)] if group.rank == root else []
 
 
-@dataclass(frozen=True)
-class Load:
-    """What each receiver of a broadcast is sent."""
+def broadcast_bands(
+    group: Collective, root: int, count: int, pack: Callable[[int], Message], take: Callable[[int, Message], object]
+) -> None:
+    """Give the root's messages, so many bands of something, to every other rank, a few at a time.
 
-    size_bytes: int
-    exchanges: int
+    Each receiver is sent one of these, and passes it on to the others: what goes through the busiest connection is then
+    twice all messages at most, however many receivers there are. See :func:`broadcast_rounds`.
 
-    def __add__(self, other: Load) -> Load:
-        return Load(self.size_bytes + other.size_bytes, self.exchanges + other.exchanges)
+    pack: returns a band's message, on the root. take: is given each band's message, on the others.
+    """
+    receivers = [rank for rank in range(group.size) if rank != root]
+    for together in broadcast_rounds(range(count), len(receivers)):
+        if len(together) == 1:
+            message = broadcast(group, root, pack(together[0]) if group.rank == root else None)
+            if group.rank != root:
+                take(together[0], message)
+            continue
+        first = dict(zip(receivers, together, strict=False))
+        sent = group.exchange({rank: pack(band) for rank, band in first.items()} if group.rank == root else {})
+        own = sent.get(root) if group.rank != root else None
+        others = [rank for rank in receivers if rank != group.rank]
+        passed = group.exchange({} if own is None else dict.fromkeys(others, own))
+        if group.rank != root:
+            for rank, band in first.items():
+                take(band, own if rank == group.rank else passed[rank])
 
 
-def tensor_load(shape: tuple[int, ...], item_bytes: int = 4) -> Load:
-    """Return what :func:`broadcast_tensor_` sends to each receiver."""
-    return Load(item_bytes * math.prod(shape), sum(1 for _ in bands(shape, item_bytes)))
+def broadcast_rounds(bands: Sequence[T], receivers: int) -> list[Sequence[T]]:
+    """Return which bands are under way at the same time: one for each receiver; one alone is sent to all directly."""
+    return [bands[start : start + receivers] for start in range(0, len(bands), receivers)] if receivers else []
+
+
+def busiest_bytes(bands: Sequence[int], receivers: int) -> int:
+    """Return what goes through the busiest connection of each exchange of :func:`broadcast_bands`, all together."""
+    busiest = 0
+    for together in broadcast_rounds(bands, receivers):
+        everything = sum(together)
+        passed_on = max(
+            (receivers - 1) * max(together), everything - (min(together) if receivers == len(together) else 0)
+        )
+        busiest += receivers * everything if len(together) == 1 else everything + passed_on
+    return busiest
 
 
 def broadcast_tensor_(group: Collective, root: int, tensor: Tensor) -> None:
     """Overwrite ``tensor`` with the root's, in place, a band of rows at a time, so that little is under way at once."""
-    if group.size == 1:
-        return
-    for start, stop in bands(tensor.shape, tensor.element_size()):
-        band = tensor[start:stop]
-        message = as_bytes(band) if group.rank == root else None
-        received = broadcast(group, root, message)
-        if group.rank != root:
-            band.copy_(from_bytes(received, band))
+    parts = [tensor[start:stop] for start, stop in bands(tensor.shape, tensor.element_size())]
+    broadcast_bands(
+        *(group, root, len(parts)),
+        lambda number: as_bytes(parts[number]),
+        lambda number, received: parts[number].copy_(from_bytes(received, parts[number])),
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each receiver of broadcasts gets: of each message, or tensor, the bytes of its bands."""
+
+    messages: tuple[tuple[int, ...], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """All together."""
+        return sum(map(sum, self.messages))
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.messages + other.messages)
+
+
+def tensor_load(shape: tuple[int, ...], item_bytes: int = 4) -> Load:
+    """Return what each receiver is sent by :func:`broadcast_tensor_`."""
+    row_bytes = item_bytes * math.prod(shape[1:])
+    return Load((tuple((stop - start) * row_bytes for start, stop in bands(shape, item_bytes)),))
 
 
 Rows = tuple[int, int]
@@ -172,25 +221,50 @@ def messages(shares: Sequence[tuple[tuple[int, ...], int]]) -> list[list[Band]]:
 def gather_rows_(group: Collective, tensors: Sequence[Tensor], ranges: Sequence[Sequence[Rows]]) -> None:
     """Overwrite the rows that other ranks have with theirs, in place: a message of each rank at a time.
 
-    ranges: of each tensor, the rows of each rank.
+    Where only few have any, others pass theirs on: see :func:`are_passed_on`. ranges: of each tensor, the rows of each
+    rank.
     """
     if group.size == 1:
         return
     shares = [
         [tensor[slice(*own[rank])] for tensor, own in zip(tensors, ranges, strict=True)] for rank in range(group.size)
     ]
-    dealt = [messages([(tuple(share.shape), share.element_size()) for share in of_rank]) for of_rank in shares]
+    shapes = [[(tuple(share.shape), share.element_size()) for share in of_rank] for of_rank in shares]
+    dealt = [messages(of_rank) for of_rank in shapes]
+
+    def parts(rank: int, message: Sequence[Band]) -> list[Tensor]:
+        return [shares[rank][number][start:stop] for number, start, stop in message]
+
+    def take(rank: int, message: Sequence[Band], received: Message) -> None:
+        for part, array in zip(parts(rank, message), received, strict=True):
+            part.copy_(from_bytes(array, part))
+
+    sizes = [[message_bytes(shape, each) for each in own] for shape, own in zip(shapes, dealt, strict=True)]
+    if are_passed_on(sizes):
+        for rank, own in enumerate(dealt):
+            broadcast_bands(
+                *(group, rank, len(own)),
+                lambda number, rank=rank, own=own: list(map(as_bytes, parts(rank, own[number]))),  # type: ignore[misc]
+                lambda number, received, rank=rank, own=own: take(rank, own[number], received),  # type: ignore[misc]
+            )
+        return
     for together in zip_longest(*dealt, fillvalue=[]):
-        parts = [
-            [of_rank[number][start:stop] for number, start, stop in message]
-            for of_rank, message in zip(shares, together, strict=True)
-        ]
-        received = all_gather(group, [as_bytes(part) for part in parts[group.rank]])
-        for rank, of_rank in enumerate(parts):
+        received = all_gather(group, list(map(as_bytes, parts(group.rank, together[group.rank]))))
+        for rank, message in enumerate(together):
             if rank != group.rank:
-                for part, array in zip(of_rank, received[rank], strict=True):
-                    part.copy_(from_bytes(array, part))
+                take(rank, message, received[rank])
         del received  # before the next ones come
+
+
+def message_bytes(shares: Sequence[tuple[tuple[int, ...], int]], message: Sequence[Band]) -> int:
+    """Return the bytes of one of the :func:`messages` of these shares."""
+    return sum((stop - start) * shares[number][1] * math.prod(shares[number][0][1:]) for number, start, stop in message)
+
+
+def are_passed_on(sizes: Sequence[Sequence[int]]) -> bool:
+    """Whether so few ranks have messages, given the bytes of those of each, that others had better pass theirs on."""
+    receivers = len(sizes) - 1
+    return sum(busiest_bytes(own, receivers) for own in sizes) < receivers * max(map(sum, sizes))
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, Any]:

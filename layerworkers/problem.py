@@ -31,17 +31,17 @@ _DAMPING_BYTES = 8
 
 def column_squares_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.column_squares`."""
-    return Load(4 * columns, 1)
+    return Load(((4 * columns,),))
 
 
 def inverse_factor_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.inverse_factor`."""
-    return Load(_DAMPING_BYTES, 1) + triangle_load(columns)
+    return Load(((_DAMPING_BYTES,),)) + triangle_load(columns)
 
 
 def normalised_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.normalised`."""
-    return Load(_DAMPING_BYTES + 4 * columns, 1) + tensor_load((columns, columns)) + triangle_load(columns)
+    return Load(((_DAMPING_BYTES + 4 * columns,),)) + tensor_load((columns, columns)) + triangle_load(columns)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ depend on the number of partitions only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -93,6 +93,20 @@ def node_count(start: int, stop: int) -> int:
 def most_nodes(partitions: int, workers: int) -> int:
     """Return the most nodes that any of the workers has, of partitions dealt out by :func:`even_ranges`."""
     return max(node_count(start, stop) for start, stop in even_ranges(partitions, workers))
+
+
+def reduction_rounds(
+    shape: tuple[int, ...], nodes: int, workers: int, root: int
+) -> Iterator[dict[int, tuple[int, int]]]:
+    """Yield which worker sums which rows (start, stop) of a statistic at the same time; the root is always among them.
+
+    Of two workers the root sums all: the other's part would have to come back to it. nodes: the most that any worker
+    has. What a worker has sent and is sent at once is a band of all nodes for each worker at most.
+    """
+    ranks = [root, *(rank for rank in range(workers) if rank != root)] if workers > 2 else [root]
+    spans = list(bands(shape, 4 * nodes * min(len(ranks), 2)))
+    for first in range(0, len(spans), len(ranks)):
+        yield dict(zip(ranks, spans[first : first + len(ranks)], strict=False))
 
 
 def even_ranges(partitions: int, workers: int) -> list[tuple[int, int]]:

@@ -82,7 +82,7 @@ def share_out(
     """
     ways = []
     for solvers in range(1, workers + 1):
-        sending = (solvers - 1) * shared.size_bytes / pace.bytes_per_second
+        sending = min(solvers - 1, 2) * shared.size_bytes / pace.bytes_per_second
         split = [_split(work.rows, solvers, partition_rows) for work in linears]
         ways.append((sending + sum(map(partial(_seconds, pace), linears, split)), split))
         dealt, flops = _deal(linears, solvers)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.collective import Collective, Rows, all_gather, gather_rows_, gather_to
+from billhook.layerworkers.collective import Collective, Rows, all_gather, gather_rows_
 from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.methods import METHODS, Method, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
-from billhook.layerworkers.reduction import Node, give_up, most_nodes, total
+from billhook.layerworkers.reduction import Node, give_up, most_nodes, reduction_rounds, total
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.sharing import is_local, share_out_stage, shared_of, work_of
 from billhook.layerworkers.statistics import Statistic
@@ -145,8 +145,9 @@ def _reduce(
 ) -> Tensor | None:
     """Return the statistic over all samples of all workers on ``root``, None elsewhere; the nodes are used up.
 
-    It is sent and summed a band of rows of all nodes at a time, so that the root never holds another worker's whole
-    sums. Of a matrix the lower triangle is sent, and only that part of the result is meant.
+    It is sent and summed in bands of rows, several at a time, each summed by another worker, so that nobody holds
+    another's whole sums, and the root is not sent everybody's. Of a matrix the lower triangle is sent, and only that
+    part of the result is meant.
     """
     if group.size == 1:
         summed = total(nodes, partitions)
@@ -156,20 +157,29 @@ def _reduce(
     # The root's first sum is overwritten band by band, as each is consumed.
     reusable = next((node.total for node in nodes if isinstance(node.total, Tensor)), None)
     reduced = torch.empty(shape, dtype=torch.float32, device=device) if reusable is None else reusable
-    for start, stop in bands(shape, 4 * most_nodes(partitions, group.size)):
-        message = [
-            (node.level, node.index, _packed(_band(node, start, stop), start), node.partitions) for node in nodes
-        ]
-        gathered = gather_to(group, root, message)
-        if group.rank == root:
-            reduced[start:stop] = total(
+    for summed_by in reduction_rounds(shape, most_nodes(partitions, group.size), group.size, root):
+        gathered = group.exchange(
+            {
+                rank: [(node.level, node.index, _packed(_band(node, *span), span), node.partitions) for node in nodes]
+                for rank, span in summed_by.items()
+            }
+        )
+        own = summed_by.get(group.rank)
+        if own is not None:
+            band = total(
                 [
-                    Node(level, index, _unpacked(array, start, (stop - start, *shape[1:])).to(device), count)
-                    for message in gathered
-                    for level, index, array, count in message
+                    Node(level, index, _unpacked(array, own, shape).to(device), count)
+                    for rank in range(group.size)
+                    for level, index, array, count in gathered[rank]
                 ],
                 partitions,
             )
+            if group.rank == root:
+                reduced[slice(*own)] = band
+        if len(summed_by) > 1:
+            passed = group.exchange({root: _packed(band, own)} if own is not None and group.rank != root else {})
+            for rank, array in passed.items():
+                reduced[slice(*summed_by[rank])] = _unpacked(array, summed_by[rank], shape)
         del gathered  # before the next ones come
     give_up(nodes)
     return reduced if group.rank == root else None
@@ -179,12 +189,14 @@ def _band(node: Node, start: int, stop: int) -> Tensor:
     return node.total[start:stop] if isinstance(node.total, Tensor) else node.total.rows(start, stop)
 
 
-def _packed(band: Tensor, first_row: int) -> Packed:
-    return pack(band, first_row, lower) if band.dim() == 2 else band.cpu().numpy()
+def _packed(band: Tensor, span: Rows) -> Packed:
+    return pack(band, span[0], lower) if band.dim() == 2 else band.cpu().numpy()
 
 
-def _unpacked(packed: Packed, first_row: int, shape: tuple[int, ...]) -> Tensor:
-    return unpack(packed, shape, first_row, lower) if len(shape) == 2 else torch.from_numpy(packed.copy())
+def _unpacked(packed: Packed, span: Rows, shape: tuple[int, ...]) -> Tensor:
+    """Return some rows of a statistic of ``shape``."""
+    start, stop = span
+    return unpack(packed, (stop - start, *shape[1:]), start, lower) if len(shape) == 2 else torch.tensor(packed)
 
 
 def _solve_share(

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.gram import BAND_ROWS, add_column_squares_, add_gram_
-from billhook.layerworkers.collective import Load, tensor_load
 from billhook.layerworkers.reduction import Node, fold
 from billhook.layerworkers.scratch import Parking
-from billhook.layerworkers.triangles import triangle_load
+from billhook.layerworkers.triangles import band_bytes
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Statistic:
         """Return the shape for an input of ``columns`` channels."""
         return (columns,) * self.dimensions
 
-    def load(self, columns: int) -> Load:
-        """Return what a worker sends of one total: of a matrix the lower triangle."""
-        return triangle_load(columns) if self.dimensions == 2 else tensor_load((columns,))
+    def sent_bytes(self, start: int, stop: int) -> int:
+        """Return what a worker sends of some rows of one total: of a matrix the lower triangle."""
+        return band_bytes(start, stop) if self.dimensions == 2 else 4 * (stop - start)
 
     def flops(self, tokens: int, columns: int, on_gpu: bool) -> float:
         """Return what summing over so many tokens computes: of a matrix half, by symmetry, and on a GPU a bit more."""

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.kernels.select import KEY_LEVELS
-from billhook.layerworkers.collective import Load, Rows, messages
+from billhook.layerworkers.collective import (
+    Load,
+    Rows,
+    are_passed_on,
+    broadcast_rounds,
+    busiest_bytes,
+    message_bytes,
+    messages,
+)
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
-from billhook.layerworkers.reduction import even_ranges, node_count
-from billhook.layerworkers.scratch import bands
+from billhook.layerworkers.reduction import even_ranges, node_count, reduction_rounds
 from billhook.layerworkers.sharing import Pace, share_out_stage, shared_of, work_of
+from billhook.layerworkers.statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,10 @@ def stage_traffic(
     for matrices, work, own in zip(groups, works, ranges, strict=True):
         columns = matrices[0].columns
         solvers = [rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in own)]
-        traffic += _from_one(method.shared(columns), len(solvers) - 1)
+        traffic += _broadcast(method.shared(columns), len(solvers) - 1)
         if method.statistic is not None:
             nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
-            size_bytes = (sum(nodes) - nodes[solvers[0]]) * method.statistic.load(columns).size_bytes
-            rounds = sum(1 for _ in bands(method.statistic.shape(columns), 4 * max(nodes)))
-            traffic += Traffic(size_bytes, size_bytes, rounds)
+            traffic += _reduction(method.statistic, columns, nodes, solvers[0])
         for each, rows in zip(work, own, strict=True):
             traffic += _selections(each.selections, sum(start < stop for start, stop in rows))
     if pattern.sparsity == 0:
@@ -84,9 +90,27 @@ def stage_traffic(
     return traffic + _rows(matrices, [rows for own in ranges for rows in own], workers)
 
 
-def _from_one(load: Load, copies: int) -> Traffic:
-    """Return the traffic of so many copies of a load, all sent by one worker, or all to one."""
-    return Traffic(copies * load.size_bytes, copies * load.size_bytes, load.exchanges if copies else 0)
+def _broadcast(load: Load, receivers: int) -> Traffic:
+    """Return the traffic of :func:`billhook.layerworkers.collective.broadcast_bands`."""
+    traffic = NOTHING
+    for message in load.messages:
+        exchanges = sum(1 if len(together) == 1 else 2 for together in broadcast_rounds(message, receivers))
+        traffic += Traffic(receivers * sum(message), busiest_bytes(message, receivers), exchanges)
+    return traffic
+
+
+def _reduction(statistic: Statistic, columns: int, nodes: Sequence[int], root: int) -> Traffic:
+    """Return the traffic of the sums of workers that have so many ``nodes`` each, by rank."""
+    traffic = NOTHING
+    for summed_by in reduction_rounds(statistic.shape(columns), max(nodes), len(nodes), root):
+        own = {rank: statistic.sent_bytes(*span) for rank, span in summed_by.items()}
+        everything = sum(own.values())
+        sent = [count * (everything - own.get(rank, 0)) for rank, count in enumerate(nodes)]
+        received = [(sum(nodes) - nodes[rank]) * size for rank, size in own.items()]
+        traffic += Traffic(sum(sent), max(*sent, *received), 1)
+        if len(own) > 1:
+            traffic += Traffic(everything - own[root], everything - own[root], 1)
+    return traffic
 
 
 def _selections(selections: int, owners: int) -> Traffic:
@@ -98,7 +122,7 @@ def _selections(selections: int, owners: int) -> Traffic:
 
 
 def _rows(matrices: Sequence[Matrix], ranges: Sequence[Sequence[Rows]], workers: int) -> Traffic:
-    """Return the traffic of making all rows known to all workers, all owners at once."""
+    """Return the traffic of :func:`billhook.layerworkers.collective.gather_rows_`."""
     shares = [
         [
             ((stop - start, matrix.columns), matrix.item_bytes)
@@ -106,7 +130,11 @@ def _rows(matrices: Sequence[Matrix], ranges: Sequence[Sequence[Rows]], workers:
         ]
         for own in zip(*ranges, strict=True)
     ]
+    dealt = [messages(of_rank) for of_rank in shares]
+    sizes = [tuple(message_bytes(of_rank, each) for each in own) for of_rank, own in zip(shares, dealt, strict=True)]
+    if are_passed_on(sizes):
+        return _broadcast(Load(tuple(sizes)), workers - 1)
     loads = [sum(item_bytes * math.prod(shape) for shape, item_bytes in of_rank) for of_rank in shares]
     sent = [(workers - 1) * load for load in loads]
     received = [sum(loads) - load for load in loads]
-    return Traffic(sum(sent), max(*sent, *received), max(len(messages(of_rank)) for of_rank in shares))
+    return Traffic(sum(sent), max(*sent, *received), max(map(len, dealt)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.gram import mirror_lower_
-from billhook.layerworkers.collective import Collective, Load, broadcast
+from billhook.layerworkers.collective import Collective, Load, broadcast_bands
 from billhook.layerworkers.scratch import bands
 
 Triangle = Callable[[int], slice]
@@ -50,8 +50,13 @@ def unpack(packed: Packed, shape: tuple[int, ...], first_row: int, triangle: Tri
 
 
 def triangle_load(size: int) -> Load:
-    """Return what each receiver is sent of a triangle with ``size`` rows."""
-    return Load(2 * size * (size + 1), sum(1 for _ in bands((size, size))))
+    """Return what each receiver is sent of an upper triangle with ``size`` rows, or about that of a lower one."""
+    return Load((tuple(band_bytes(size - stop, size - start) for start, stop in bands((size, size))),))
+
+
+def band_bytes(start: int, stop: int) -> int:
+    """Return the bytes of some rows of a lower triangle."""
+    return 2 * (stop * (stop + 1) - start * (start + 1))
 
 
 def broadcast_upper_(group: Collective, root: int, a_CC: Tensor) -> None:
@@ -67,8 +72,14 @@ def broadcast_symmetric_(group: Collective, root: int, a_CC: Tensor) -> None:
 
 
 def _broadcast_(group: Collective, root: int, a_CC: Tensor, triangle: Triangle) -> None:
-    for start, stop in bands(a_CC.shape):
-        band_RC = a_CC[start:stop]
-        packed = broadcast(group, root, pack(band_RC, start, triangle) if group.rank == root else None)
-        if group.rank != root:
-            band_RC.copy_(unpack(packed, band_RC.shape, start, triangle))
+    spans = list(bands(a_CC.shape))
+
+    def message(number: int) -> Packed:
+        start, stop = spans[number]
+        return pack(a_CC[start:stop], start, triangle)
+
+    def take(number: int, packed: Packed) -> None:
+        start, stop = spans[number]
+        a_CC[start:stop] = unpack(packed, (stop - start, a_CC.shape[1]), start, triangle)
+
+    broadcast_bands(group, root, len(spans), message, take)

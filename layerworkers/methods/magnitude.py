@@ -41,6 +41,6 @@ MAGNITUDE = Method(
     flops=lambda rows, columns, options: 8.0 * rows * columns,
     launches=lambda columns, options: 20,
     factor_flops=lambda columns: 0.0,
-    shared=lambda columns: Load(0, 0),
+    shared=lambda columns: Load(()),
     extra_bytes=lambda rows, columns: 22 * rows * columns,
 )
