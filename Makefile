@@ -35,12 +35,15 @@ test-families: setup
 test-nodes: setup
 	$(BIN)/python -m pytest tests/nodes tests/deploy -rs
 
-# Beside other tools on the same work: about an hour, on a machine that does nothing else. WikiText-2 is to be given:
+# Beside other tools on the same work, and against the machine's limit: some two hours, on a machine that does nothing
+# else, with 5 GB of disk. WikiText-2 is to be given:
 # make bench CALIBRATION=wikitext2-valid.txt TEXT=wikitext2-raw-test.txt
 bench: setup $(PEERS)/.installed
 	$(BIN)/python benchmarks/peers.py --calibration $(CALIBRATION) --text $(TEXT) --peer-python $(PEERS)/bin/python
 	$(BIN)/python benchmarks/solve.py
 	$(BIN)/python benchmarks/scaling.py measure --folder $(or $(TMPDIR),/tmp)
+	$(BIN)/python benchmarks/large_block.py --folder $(or $(TMPDIR),/tmp)
+	$(BIN)/python benchmarks/growth.py --folder $(or $(TMPDIR),/tmp)
 	$(BIN)/python benchmarks/report.py
 
 $(PEERS)/.installed:

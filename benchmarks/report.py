@@ -14,7 +14,14 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 
 
 def main() -> None:
-    PAGE.write_text("\n".join([HEAD, *peers(read("peers")), *solve(read("solve")), *limit(read("scaling"))]) + "\n")
+    sections = [
+        *peers(read("peers")),
+        *solve(read("solve")),
+        *limit(read("scaling")),
+        *large_block(read("large_block")),
+        *growth(read("growth")),
+    ]
+    PAGE.write_text("\n".join([HEAD, *sections]) + "\n")
 
 
 HEAD = """# Benchmarks
@@ -99,6 +106,10 @@ def limit(results: dict[str, Any]) -> list[str]:
         "    python benchmarks/scaling.py measure --folder DIR",
         "",
     ]
+    return [*lines, *parts_of_block(results)]
+
+
+def parts_of_block(results: dict[str, Any]) -> list[str]:
     runs = {name: run for name, run in results.items() if isinstance(run, dict) and "measured_parts" in run}
     if not runs:
         raise SystemExit("results/scaling.json has no parts: run benchmarks/scaling.py measure again")
@@ -111,7 +122,53 @@ def limit(results: dict[str, Any]) -> list[str]:
         ]
         for name, run in runs.items()
     ]
-    return [*lines, *table(["", *parts, "of the limit"], rows)]
+    return table(["", *parts, "of the limit"], rows)
+
+
+def large_block(results: dict[str, Any]) -> list[str]:
+    runs = {name: run for name, run in results.items() if isinstance(run, dict) and "hours" in run}
+    machines = list(next(iter(runs.values()))["hours"])
+    whole = results["whole"]
+    return [
+        "## A block of a 70B Llama",
+        "",
+        f"Hidden size 8192, intermediate size 28672, {results['samples']} samples of {results['seqlen']} tokens, a "
+        "worker on each core: seconds of the second of two blocks, by part, as above.",
+        "",
+        "    python benchmarks/large_block.py --folder DIR",
+        "",
+        *parts_of_block(runs),
+        f"Hours for all 80 blocks from {whole['samples']} samples of {whole['seqlen']} tokens. *This machine*: as "
+        "planned, times what the measured block took over what was planned for it. GPUs: as planned, each on a node of "
+        "its own, at half of what data sheets promise; **none was at hand**.",
+        "",
+        *table(
+            ["", *machines], [[name, *(f"{run['hours'][each]:.2f}" for each in machines)] for name, run in runs.items()]
+        ),
+    ]
+
+
+def growth(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Growth",
+        "",
+        "SparseGPT on synthetic Llamas, one quantity varied at a time: seconds of the block loop behind its first "
+        "block, peak memory, and the exponents of the power laws that fit them.",
+        "",
+        "    python benchmarks/growth.py --folder DIR",
+        "",
+    ]
+    rows = [
+        [
+            axis,
+            ", ".join(f"{x}: {seconds:.1f} s, {run['peak_bytes'][x] / 2**30:.2f} GiB" for x, seconds in each.items()),
+            f"{run['exponent_of_seconds']:.2f}",
+            f"{run['exponent_of_peak']:.2f}",
+        ]
+        for axis, run in results.items()
+        if isinstance(run, dict) and (each := run.get("seconds"))
+    ]
+    return [*lines, *table(["", "figures", "time", "memory"], rows)]
 
 
 if __name__ == "__main__":

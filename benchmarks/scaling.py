@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "scaling.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 TITLE = "## Figures\n"
 RUNS = [("wanda", "2:4"), ("sparsegpt", "unstructured")]
-OPTIONS: dict[str, Any] = {"calibration": "random", "samples": 8, "seqlen": 512, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"calibration": "random", "samples": 32, "seqlen": 512, "device": "cpu"}
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 BANDWIDTH = "12GB/s"
