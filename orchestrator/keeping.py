@@ -34,6 +34,14 @@ def keep_every(blocks: int, block_seconds: float, keep_seconds: float, replay_se
     return math.ceil(every) if every < blocks else 0
 
 
+def kept_copies(every: int) -> int:
+    """Return how many blocks' inputs lie on the disk at once where those of each ``every``-th are kept; 0: of none.
+
+    The last ones stay until a block behind them is committed, and by then the next block is under way.
+    """
+    return {0: 0, 1: 3}.get(every, 2)
+
+
 def create_kept(output: Path, block: int, samples: int, sample_bytes: int) -> TensorEntry:
     """Create the file for the inputs of ``block``, of its final size; row i holds the bytes of sample i's.
 

@@ -52,7 +52,7 @@ LIBRARY_BYTES = 300 << 20
 DRIVER_BYTES = 20 << 20
 """What the driver needs of its own beyond what it has when it plans: its connection to Ray."""
 
-WORKER_BYTES = 65 << 20
+WORKER_BYTES = 90 << 20
 """The same of a worker, with compiled loops and the work space of BLAS."""
 
 HELD_SLACK = 1.15

@@ -22,7 +22,7 @@ from billhook.orchestrator.devices import (
     on_device,
     supposition,
 )
-from billhook.orchestrator.keeping import keep_every
+from billhook.orchestrator.keeping import keep_every, kept_copies
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.model import Model, check_gpus, resolve_workers
 from billhook.orchestrator.phases import BlockWork, Job
@@ -124,8 +124,8 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of kept inputs that lie on the disk at once: of the last committed block, and of the one under way."""
-        return 2 * self.request.samples * self.hidden_bytes if self.keep_every else 0
+        """Most bytes of kept inputs that lie on the disk at once."""
+        return kept_copies(self.keep_every) * self.request.samples * self.hidden_bytes
 
 
 def make_plan(
@@ -276,20 +276,23 @@ def _cadence(
     size, blocks = request.samples * hidden_bytes, len(request.model.layout.blocks)
     if not size or resources.keep_inputs == "never":
         return 0
-    written = output_bytes(request.model) + 2 * size
+    if resources.keep_inputs == "auto":
+        seconds = sum(time.seconds for time in times) + arrangement.extra_seconds
+        forward = sum(time.forward for time in times) / passes(request.recipe)
+        every = keep_every(blocks, seconds / blocks, size / rates.disk_bytes, forward / blocks)
+    else:
+        every = resources.keep_inputs
+    kept = kept_copies(every) * size
+    written = output_bytes(request.model) + kept
     together = budgets.disk is not None and written + arrangement.peak.disk > budgets.disk
     if together or (budgets.output_disk is not None and written > budgets.output_disk):
         if resources.keep_inputs != "auto":
             raise InputError(
-                f"--keep-inputs {resources.keep_inputs}: the disk has no room for another {2 * size} bytes; free some "
-                "space, or say --keep-inputs never"
+                f"--keep-inputs {every}: the disk has no room for another {kept} bytes; free some space, or say "
+                "--keep-inputs never"
             )
         return 0
-    if resources.keep_inputs != "auto":
-        return resources.keep_inputs
-    seconds = sum(time.seconds for time in times) + arrangement.extra_seconds
-    forward = sum(time.forward for time in times) / passes(request.recipe)
-    return keep_every(blocks, seconds / blocks, size / rates.disk_bytes, forward / blocks)
+    return every
 
 
 def _elsewhere(job: Job, work: list[BlockWork], size: int, own: int) -> dict[str, Arrangement | None]:
