@@ -43,10 +43,10 @@ def add_gram_(gram_CC: Tensor, x_TC: Tensor) -> None:
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU does, and numba is not told to compile for another one."""
+    """Whether this machine's CPU does, and numba is left to compile for it."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    here = not {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & set(os.environ)
-    return here and bool(capabilities.get("avx512_bf16", False))
+    told = {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMBA_DISABLE_JIT"} & set(os.environ)
+    return not told and bool(capabilities.get("avx512_bf16", False))
 
 
 BAND_ROWS = 2048

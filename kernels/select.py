@@ -31,7 +31,7 @@ def smallest_in_rows(score_RC: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score_RC, dtype=torch.bool)
     if score_RC.device.type == "cpu":
         mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
-        compiled(_rows_loop)(score_RC.contiguous().view(torch.int32).numpy(), count, mask_RC.numpy())
+        compiled(_rows_loop)(_bits(score_RC).view(score_RC.shape).numpy(), count, mask_RC.numpy())
         return mask_RC
     threshold_R1 = torch.kthvalue(score_RC, count, dim=1, keepdim=True).values
     below_RC = score_RC < threshold_R1
@@ -95,6 +95,7 @@ def sortable_keys(score: Tensor) -> Tensor:
 
 
 def _bits(score: Tensor) -> Tensor:
+    assert score.dtype == torch.float32, score.dtype  # the loops write as many entries as they see
     return score.contiguous().view(-1).view(torch.int32)
 
 

@@ -186,8 +186,8 @@ def run_plain(block: nn.Module, inputs: MutableSequence[Tensor], arguments: Argu
         inputs[sample] = output_of(block(hidden, *args, **kwargs))
 
 
-class _AllSeen(Exception):  # noqa: N818 - nothing is wrong
-    """Raised in a block to leave it once nothing more of it is wanted."""
+class _AllSeen(BaseException):
+    """Raised in a block to leave it once nothing more of it is wanted; no block may catch it."""
 
 
 @torch.inference_mode()

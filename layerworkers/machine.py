@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 from threadpoolctl import threadpool_info
 
+from billhook.kernels.gram import cpu_multiplies_bfloat16
+
 LIBRARIES = ("billhook", "torch", "transformers", "safetensors", "numpy", "scipy", "numba", "tokenizers")
 
 
@@ -22,6 +24,7 @@ def machine_facts(device: str) -> dict[str, str]:
         "flags": " ".join(sorted(name for name, value in capabilities.items() if value is True)),
         "vendor": str(capabilities.get("cpu_name", "")).partition(" ")[0],
         "blas": ", ".join(sorted(blas)),
+        "gram": "bfloat16" if cpu_multiplies_bfloat16() else "float32",
     }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(0)

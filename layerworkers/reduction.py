@@ -101,10 +101,11 @@ def reduction_rounds(
     """Yield which worker sums which rows (start, stop) of a statistic at the same time; the root is always among them.
 
     Of two workers the root sums all: the other's part would have to come back to it. nodes: the most that any worker
-    has. What a worker has sent and is sent at once is a band of all nodes for each worker at most.
+    has. What a worker sends, or is sent, at once is three times :data:`billhook.layerworkers.scratch.BAND_BYTES` at
+    most.
     """
     ranks = [root, *(rank for rank in range(workers) if rank != root)] if workers > 2 else [root]
-    spans = list(bands(shape, 4 * nodes * min(len(ranks), 2)))
+    spans = list(bands(shape, 4 * nodes * (max(2, -(-workers // 3)) if len(ranks) > 1 else 1)))
     for first in range(0, len(spans), len(ranks)):
         yield dict(zip(ranks, spans[first : first + len(ranks)], strict=False))
 

@@ -234,7 +234,7 @@ def _as_written(linear: LinearTask, method: Method, solution: Solution, dense: T
     dtype = dense.dtype
     sparse = solution.weight_RC.to("cpu", dtype)
     if dtype == torch.float64:
-        sparse = torch.where(sparse == dense.float(), dense, sparse)
+        sparse = torch.where((sparse == dense.float()) & (sparse != 0), dense, sparse)
     sparse.add_(0.0)  # makes 0.0 of -0.0, and changes nothing else
     if not torch.isfinite(torch.stack(sparse.aminmax())).all():
         raise BlockLostError(f"{linear.disk_name}: {method.name} gave a weight that is not finite in {dtype}")

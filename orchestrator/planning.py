@@ -282,17 +282,18 @@ def _cadence(
         every = keep_every(blocks, seconds / blocks, size / rates.disk_bytes, forward / blocks)
     else:
         every = resources.keep_inputs
-    kept = kept_copies(every) * size
-    written = output_bytes(request.model) + kept
-    together = budgets.disk is not None and written + arrangement.peak.disk > budgets.disk
-    if together or (budgets.output_disk is not None and written > budgets.output_disk):
-        if resources.keep_inputs != "auto":
-            raise InputError(
-                f"--keep-inputs {every}: the disk has no room for another {kept} bytes; free some space, or say "
-                "--keep-inputs never"
-            )
+    for choice in [every, 2] if (every, resources.keep_inputs) == (1, "auto") else [every]:
+        kept = kept_copies(choice) * size
+        written = output_bytes(request.model) + kept
+        apart = budgets.disk is None or written + arrangement.peak.disk <= budgets.disk
+        if apart and (budgets.output_disk is None or written <= budgets.output_disk):
+            return choice
+    if resources.keep_inputs == "auto":
         return 0
-    return every
+    raise InputError(
+        f"--keep-inputs {every}: the disk has no room for another {kept_copies(every) * size} bytes; free some space, "
+        "or say --keep-inputs never"
+    )
 
 
 def _elsewhere(job: Job, work: list[BlockWork], size: int, own: int) -> dict[str, Arrangement | None]:

@@ -143,6 +143,8 @@ def test_zeros_are_positive_and_counted_as_written(run_group: Any) -> None:
 def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, method: str) -> None:
     weights, inputs = problem(torch.float32)
     dense = {name: weight.double() / 3 for name, weight in weights.items()}
+    for weight in dense.values():
+        weight[0, :4] = torch.tensor([1e-50, -1e-50, 1.0, 2.0])  # the first two are 0 in float32
     table = METHODS[method]
     tasks = [LinearTask(name, name, NM(2, 4), method, table.options()) for name in dense]
     task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6 if table.statistic else 0, 16)
@@ -151,6 +153,7 @@ def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, met
     for each in results:
         kept = each.weight != 0
         assert torch.equal(each.weight[kept], dense[each.report.name][kept])
+        assert each.report.zeros == int((~kept).sum()) == kept.numel() // 2
 
 
 @pytest.mark.parametrize("method", list(METHODS))

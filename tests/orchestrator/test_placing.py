@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from billhook.orchestrator import InputError, Plan, budgets, plan
+from billhook.orchestrator import InputError, Plan, budgets, plan, planning
 from billhook.orchestrator.budgets import machine_ram_bytes
 from billhook.orchestrator.devices import DEVICES
 from billhook.orchestrator.planning import estimate, make_plan, output_bytes
@@ -163,6 +163,12 @@ def test_no_more_of_a_disk_is_planned_with_than_is_free_on_it(
     free[output] = output_bytes(request.model) + 100
     with pytest.raises(InputError, match="--keep-inputs 1: the disk has no room"):
         make_plan(request, resources.model_copy(update={"keep_inputs": 1}), output)
+    assert make_plan(request, resources, output).keep_every == 0
+    monkeypatch.setattr(planning, "keep_every", lambda *_: 1)
+    two = 2 * 8 * make_plan(request, resources, output).hidden_bytes
+    for room, every in ((two, 2), (two - 1, 0), (two + two // 2, 1)):
+        free[output] = output_bytes(request.model) + room
+        assert make_plan(request, resources, output).keep_every == every
 
 
 def test_a_cgroup_limits_the_default(tmp_path: Path) -> None:
