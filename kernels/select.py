@@ -29,7 +29,7 @@ def smallest_in_rows(score_RC: Tensor, count: int) -> Tensor:
     """Return the mask [R, C] of the ``count`` smallest entries of each row of ``score_RC``."""
     if count == 0:
         return torch.zeros_like(score_RC, dtype=torch.bool)
-    if score_RC.device.type == "cpu":
+    if _has_loop(score_RC):
         mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
         compiled(_rows_loop)(_bits(score_RC).view(score_RC.shape).numpy(), count, mask_RC.numpy())
         return mask_RC
@@ -42,7 +42,7 @@ def smallest_in_rows(score_RC: Tensor, count: int) -> Tensor:
 
 def smallest_in_groups(score_RC: Tensor, keep: int, group: int) -> Tensor:
     """Return the mask [R, C] of the ``group - keep`` smallest in every ``group`` consecutive columns (N:M, N kept)."""
-    if score_RC.device.type == "cpu":
+    if _has_loop(score_RC):
         score_RC = score_RC.contiguous()
         mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
         compiled(_groups_loop)(score_RC.view(-1, group).numpy(), group - keep, mask_RC.view(-1, group).numpy())
@@ -52,7 +52,7 @@ def smallest_in_groups(score_RC: Tensor, keep: int, group: int) -> Tensor:
 
 def zero_where_(values_RC: Tensor, mask_RC: Tensor) -> None:
     """Set the entries of ``values_RC`` at which ``mask_RC`` is true to 0, in place; both are contiguous."""
-    if values_RC.device.type == "cpu" and values_RC.dtype == torch.float32:
+    if _has_loop(values_RC):
         compiled(_zero_loop)(values_RC.view(-1).numpy(), mask_RC.view(-1).numpy())
     else:
         values_RC.masked_fill_(mask_RC, 0.0)
@@ -92,6 +92,10 @@ def sortable_keys(score: Tensor) -> Tensor:
     """Map float32 to int64 in [0, 2^32) so that keys compare as the scores do; flat, in index order."""
     bits = (score.flatten() + 0.0).view(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + (1 << 31)
+
+
+def _has_loop(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32
 
 
 def _bits(score: Tensor) -> Tensor:

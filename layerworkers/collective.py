@@ -112,12 +112,6 @@ def broadcast(group: Collective, root: int, message: Message) -> Message:
     return group.exchange(outgoing)[root]
 
 
-def gather_to(group: Collective, root: int, message: Message) -> list[Message]:
-    """Return every rank's message, in rank order, on the root, and an empty list elsewhere."""
-    received = group.exchange({root: message})
-    return [received[rank] for rank in range(group.size)] if group.rank == root else []
-
-
 def broadcast_bands(
     group: Collective, root: int, count: int, pack: Callable[[int], Message], take: Callable[[int, Message], object]
 ) -> None:

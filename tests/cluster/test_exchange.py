@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from billhook.cluster import exchange
 from billhook.cluster.exchange import Envelope, Inbox, RayCollective
 from billhook.cluster.lines import Lines
-from billhook.layerworkers.collective import all_gather, broadcast, gather_to
+from billhook.layerworkers.collective import all_gather, broadcast
 
 
 class Member:
@@ -39,7 +39,7 @@ class Member:
             [(each["rank"], each["big"].shape, float(each["big"].sum()), each["small"].tolist()) for each in gathered]
         ]
         results.append(float(broadcast(self.group, 1, big * 10).sum()))
-        results.append([float(each.sum()) for each in gather_to(self.group, 2, big)])
+        results.append([float(each.sum()) for each in self.group.exchange({2: big}).values()])
         if rank != 1:
             pair = self.group.subgroup([0, 2])
             assert pair is self.group.subgroup([0, 2])

@@ -94,3 +94,9 @@ def test_zero_where_leaves_the_others_alone(dtype: torch.dtype) -> None:
     assert torch.equal(values, expected)
     assert not torch.signbit(values[mask]).any()
     assert torch.signbit(values[0, 1])
+
+
+def test_scores_of_another_precision_are_compared_in_it() -> None:
+    score = 1 + torch.tensor([[3e-16, 0.0, 2e-15, 1e-15, 5e-15, 4e-15, 0.0, 3e-15]], dtype=torch.float64)
+    assert torch.equal(smallest_in_rows(score, 4), smallest_reference(score, 4))
+    assert smallest_in_groups(score, 2, 4).tolist() == [[True, True, False, False, False, False, True, True]]

@@ -18,7 +18,6 @@ from billhook.layerworkers.collective import (
     broadcast_bands,
     broadcast_tensor_,
     gather_rows_,
-    gather_to,
     messages,
 )
 from billhook.layerworkers.stopwatch import Stopwatch
@@ -32,7 +31,7 @@ def test_arrays_to_others_count_once_for_each_receiver(run_group: Any) -> None:
         counted = Counted(group, counts.append, Stopwatch())
         all_gather(counted, {"numbers": [array, array[:5]], "name": "not counted"})
         broadcast(counted, 1, array if counted.rank == 1 else None)
-        gather_to(counted, 2, (1, array))
+        counted.exchange({2: (1, array)})
         if counted.rank != 0:
             broadcast_tensor_(counted.subgroup([1, 2]), 0, torch.zeros(7, dtype=torch.bfloat16))
         return counts
