@@ -99,7 +99,7 @@ def run(case: Case, folder: Path) -> dict[str, object]:
     ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     document = json.loads(done.stdout)
-    blocks = block_events(output)
+    last, loop = block_events(output)[-1], loop_seconds(output)
     shutil.rmtree(output)
     planned, measured = document["planned_bytes"]["ram"], document["peak_bytes"]["ram"]
     return {
@@ -112,9 +112,9 @@ def run(case: Case, folder: Path) -> dict[str, object]:
         "planned_disk_bytes": document["planned_bytes"]["disk"],
         "measured_disk_bytes": document["peak_bytes"]["disk"],
         "seconds": round(document["seconds"], 1),
-        "block_loop_seconds": round(blocks[-1]["time"] - blocks[0]["began"], 1),
-        "last_block_seconds": round(blocks[-1]["seconds"], 2),
-        "last_block_parts_seconds": {part: round(spent, 2) for part, spent in blocks[-1]["parts_seconds"].items()},
+        "block_loop_seconds": round(loop, 1),
+        "last_block_seconds": round(last["seconds"], 2),
+        "last_block_parts_seconds": {part: round(spent, 2) for part, spent in last["parts_seconds"].items()},
         "machine": this_machine(),
     }
 
@@ -123,6 +123,14 @@ def block_events(output: Path) -> list[dict[str, Any]]:
     """Return what a run noted of each block, when it was committed."""
     lines = (output / "billhook/events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == "block"]
+
+
+def loop_seconds(output: Path) -> float:
+    """Return the seconds from the begin of a run's first block to the commit of its last."""
+    blocks = block_events(output)
+    begin: float = blocks[0]["began"]
+    end: float = blocks[-1]["time"]
+    return end - begin
 
 
 def make(shape: Shape, folder: Path) -> None:
