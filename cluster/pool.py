@@ -18,12 +18,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from billhook.cluster.attendance import Attendance
+from billhook.cluster.environment import worker_environment
 from billhook.cluster.exchange import Envelope, Inbox, Key, RayCollective
 from billhook.cluster.lines import Door, Lines
 from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
+from billhook.cluster.session import inherited
 from billhook.layerworkers.access import OutputAccess
-from billhook.layerworkers.allocator import large_pages
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.shards import TensorEntry
@@ -56,10 +57,6 @@ NOTICE_SECONDS = 5.0
 
 START_SECONDS = 120.0
 """How long the processes of the workers may take to start."""
-
-IDLE_THREADS_SLEEP = {"OPENBLAS_THREAD_TIMEOUT": "4"}
-"""Environment in which SciPy's threads sleep at once when they have nothing to do. They would spin for some 25 ms, on
-the cores on which torch's threads, which take turns with them, want to work: a forward pass took twice its time."""
 
 LOG_BYTES = 2000
 """Of a lost worker's log, what is shown."""
@@ -177,11 +174,10 @@ class WorkerPool:
         self.size = places.size
         self.whereabouts: list[Whereabouts] = []
         """By rank."""
-        threads = {
-            name: str(setup.threads)
-            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-        }
-        same = {"max_restarts": 0, "runtime_env": {"env_vars": threads | large_pages() | IDLE_THREADS_SLEEP}}
+        missing = dict(worker_environment(setup.threads).items() - inherited().items())
+        same: dict[str, Any] = {"max_restarts": 0}
+        if missing:  # Ray takes a second to prepare an environment
+            same["runtime_env"] = {"env_vars": missing}
         actor_class: Any = WorkerActor
         self._scribe: Any = None
         self._attendance: Any = Attendance.options(**on_this_node()).remote()  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ CONNECT_SECONDS = 10.0
 _own_folder: Path | None = None
 """Folder of the session that this process has started and not yet stopped."""
 
+_own_environment: Mapping[str, str] = {}
+"""What that session's processes inherited for the workers' sake."""
+
 _LOOPBACK_ONLY = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,9 +53,12 @@ _LOOPBACK_ONLY = {
 
 
 @contextmanager
-def ray_session(address: str | None, cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
+def ray_session(
+    address: str | None, cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Join the Ray cluster at ``address``, or start one with ``cpus`` and ``gpus`` on this machine, and leave it again.
 
+    What is started here has the variables of ``environment``, and so do its workers.
     A session that this process is already connected to is used as it is. Leftovers of commands that were killed are
     removed first.
 
@@ -66,7 +72,7 @@ def ray_session(address: str | None, cpus: int, gpus: int, object_store_bytes: i
         if ray.is_initialized():
             yield
             return
-    started = _join(address) if address is not None else _start(cpus, gpus, object_store_bytes)
+    started = _join(address) if address is not None else _start(cpus, gpus, object_store_bytes, environment or {})
     with started:
         yield
 
@@ -153,15 +159,13 @@ def _no_cluster(address: str, reason: str) -> InputError:
 
 
 @contextmanager
-def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
-    global _own_folder  # noqa: PLW0603 - a process has one Ray session at a time
+def _start(cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[str, str]) -> Iterator[None]:
+    global _own_folder, _own_environment
     folder, own_lock = _claimed_folder()
-    _own_folder = folder
+    _own_folder, _own_environment = folder, environment
+    own = {**environment, **_LOOPBACK_ONLY, "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION_VARIABLE: str(folder)}
     try:
-        with (
-            _environment({**_LOOPBACK_ONLY, "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION_VARIABLE: str(folder)}),
-            _signals_and_output_are_ours(),
-        ):
+        with _environment(own), _signals_and_output_are_ours():
             import ray
 
             _reload_ray_environment()
@@ -187,7 +191,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int) -> Iterator[None]:
             ray.shutdown()
             _reload_ray_environment()
     finally:
-        _own_folder = None
+        _own_folder, _own_environment = None, {}
         _remove(folder)
         os.close(own_lock)
 
@@ -295,6 +299,11 @@ def remove_leftovers() -> None:
             pass
         finally:
             os.close(lock)
+
+
+def inherited() -> Mapping[str, str]:
+    """Return the environment that was given to the session that this process started; empty where it joined one."""
+    return _own_environment
 
 
 def marked_processes() -> list[int]:

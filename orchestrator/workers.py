@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from billhook.cluster.environment import worker_environment
 from billhook.cluster.memory import PeakMemory
 from billhook.cluster.session import ray_session
 from billhook.layerworkers.tasks import WorkerSetup
@@ -49,7 +50,8 @@ def ray_for(workers: Workers, device: str, progress: Progress) -> Iterator[PeakM
     gpus = workers.count if device == "cuda" else 0
     progress("start", 0, 1, f"Ray with {workers.count} {device} worker{'s' if workers.count > 1 else ''}")
     cpus = workers.count * workers.threads
-    with ray_session(workers.address, cpus, gpus, store_bytes(workers.count)), PeakMemory() as memory:
+    session = ray_session(workers.address, cpus, gpus, store_bytes(workers.count), worker_environment(workers.threads))
+    with session, PeakMemory() as memory:
         yield memory
 
 
