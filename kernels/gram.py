@@ -77,6 +77,15 @@ def mirror_lower_(a_CC: Tensor) -> None:
         corner.copy_(corner.tril() + corner.tril(-1).T)
 
 
+def add_moments_(moments_4C: Tensor, x_TC: Tensor) -> None:
+    """Add columns' squared 2-norms and sums of a sample ``x_TC`` [T, C], T, and 1 to ``moments_4C``, [4 C] float32."""
+    squares_C, sums_C, tokens_C, samples_C = moments_4C.view(4, -1)
+    add_column_squares_(squares_C, x_TC)
+    sums_C += x_TC.float().sum(dim=0)
+    tokens_C += len(x_TC)
+    samples_C += 1
+
+
 def add_column_squares_(squares_C: Tensor, x_TC: Tensor) -> None:
     """Add the squared 2-norm of each column of ``x_TC`` [T, C] to ``squares_C`` [C] float32, in place."""
     squares_C += x_TC.float().square().sum(dim=0)

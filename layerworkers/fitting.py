@@ -17,7 +17,7 @@ from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.coverage import instead, starved_experts, summed
 from billhook.layerworkers.experts import Experts, tokens_of
 from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
-from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.methods import method_named
 from billhook.layerworkers.reduction import Node, give_up
 from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.solving import Together
@@ -152,7 +152,7 @@ class BlockFit:
         """Return what sums the statistics of the groups that need any."""
         sums = {}
         for group in groups:
-            statistic = METHODS[self._linears[group.linears[0]].method].statistic if group.linears else None
+            statistic = method_named(self._linears[group.linears[0]].method).statistic if group.linears else None
             unused = self._is_starved(group) and self._fallback(group.experts) != "pool"
             if statistic is not None and not unused:
                 columns = self._block.get_submodule(group.linears[0]).in_features
@@ -180,7 +180,7 @@ class BlockFit:
             not group.linears
             and not self._experts[group.experts].shown_all
             and any(
-                name.startswith(f"{group.experts}.") and METHODS[linear.method].statistic is not None
+                name.startswith(f"{group.experts}.") and method_named(linear.method).statistic is not None
                 for name, linear in self._linears.items()
             )
         )

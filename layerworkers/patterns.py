@@ -6,9 +6,11 @@ N:M keeps N of every M consecutive input columns (``2:4`` keeps two and removes 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,16 +115,53 @@ class Selector:
             return kernels.smallest_in_groups(score_RC, self.pattern.keep, self.pattern.group)
         if self.within_rows:
             return kernels.smallest_in_rows(score_RC, int(self.pattern.sparsity * score_RC.shape[1]))
-        return self._smallest_over_owners(score_RC, self.pattern.sparsity)
+        return self._smallest_over_owners(score_RC, lambda total: int(self.pattern.sparsity * total))
 
-    def _smallest_over_owners(self, score_RC: Tensor, sparsity: Fraction) -> Tensor:
+    def part(self, score_RC: Tensor, share: Fraction) -> Tensor:
+        """Return the mask of a share of the entries that the pattern removes: those with the smallest scores.
+
+        For N:M, each row gives up the smallest of what its groups would give up in the end.
+
+        Raises:
+            RunError: when a score is NaN.
+        """
+        refuse_nan(score_RC)
+        wanted = share * self.pattern.sparsity
+        if isinstance(self.pattern, NM):
+            kept_RC = self(score_RC).logical_not_()
+            return kernels.smallest_in_rows(score_RC.masked_fill(kept_RC, torch.inf), int(wanted * score_RC.shape[1]))
+        if self.within_rows:
+            return kernels.smallest_in_rows(score_RC, int(wanted * score_RC.shape[1]))
+        return self._smallest_over_owners(score_RC, lambda total: int(wanted * total))
+
+    def smallest(self, score_RC: Tensor, count: int) -> Tensor:
+        """Return the mask of the ``count`` smallest scores of all owners' rows, whatever the pattern; ties by index.
+
+        Raises:
+            RunError: when a score is NaN.
+        """
+        refuse_nan(score_RC)
+        return self._smallest_over_owners(score_RC, lambda total: count)
+
+    def count(self, mask_RC: Tensor) -> int:
+        """Return how many entries of all owners' masks are set."""
+        own = int(mask_RC.count_nonzero())
+        if self.owners.size == 1:
+            return own
+        return sum(int(each[0]) for each in all_gather(self.owners, np.array([own], dtype=np.int64)))
+
+    def to_remove(self, weight_RC: Tensor) -> int:
+        """Return how many entries the pattern removes of all owners' rows."""
+        return int(self.pattern.sparsity * self.count(torch.ones_like(weight_RC, dtype=torch.bool)))
+
+    def _smallest_over_owners(self, score_RC: Tensor, wanted_of: Callable[[int], int]) -> Tensor:
         """Find the k-th smallest of all owners exactly, a few bits of its key at a time."""
         known, prefix, wanted = 0, 0, -1
         for bits in kernels.KEY_LEVELS:
             counts = self._gather_histograms(kernels.histogram(score_RC, known, prefix, bits))
             total = counts.sum(dim=0)
             if known == 0:
-                wanted = int(sparsity * int(total.sum()))
+                wanted = wanted_of(int(total.sum()))
                 if wanted == 0:
                     return torch.zeros_like(score_RC, dtype=torch.bool)
             bin_index, before = kernels.bin_of(total, wanted)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_upper_factor_
 from billhook.kernels.gram import mirror_lower_
+from billhook.kernels.products import matmul_by_rows
 from billhook.layerworkers.collective import Collective, Load, broadcast, broadcast_tensor_, tensor_load
 from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, triangle_load
 
@@ -25,6 +27,8 @@ LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)
 """Multiples of the asked damping that are tried in turn when a Gram matrix is not positive definite in float32."""
 
 
+_COLUMN_MAGNITUDES = ("column magnitudes",)
+
 _DAMPING_BYTES = 8
 """One damping; more where it had to be raised."""
 
@@ -32,6 +36,11 @@ _DAMPING_BYTES = 8
 def column_squares_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.column_squares`."""
     return Load(((4 * columns,),))
+
+
+def moments_load(columns: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.moments`."""
+    return Load(((16 * columns,),))
 
 
 def inverse_factor_load(columns: int) -> Load:
@@ -42,6 +51,42 @@ def inverse_factor_load(columns: int) -> Load:
 def normalised_load(columns: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.normalised`."""
     return Load(((_DAMPING_BYTES + 4 * columns,),)) + tensor_load((columns, columns)) + triangle_load(columns)
+
+
+def ridged_load(columns: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.ridged`."""
+    return Load(((4 * columns,),)) + triangle_load(columns)
+
+
+def spectral_load(columns: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.spectral`."""
+    return Load(((8 * columns,),)) + tensor_load((columns, columns))
+
+
+@dataclass(frozen=True)
+class Ridged:
+    """The unit-diagonal Gram with a ridge, in which the channels of a row are multiplied by their norms."""
+
+    norms_C: Tensor
+    """``sqrt(G_jj) + 1e-8``: 2-norm of each input channel, [C]."""
+    gram_CC: Tensor
+    """``A = G / (norms norms^T) + ridge I``, [C, C], symmetric to the last bit."""
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """The same as :class:`Ridged` by its eigenvalues: ``A = Q diag(L) Q^T``."""
+
+    norms_C: Tensor
+    values_C: Tensor
+    """L, [C], ascending; above 0."""
+    vectors_CC: Tensor
+    """Q, [C, C], a column each."""
+
+    def times(self, v_RC: Tensor, of_value: Callable[[Tensor], Tensor], partition_rows: int) -> Tensor:
+        """Return ``V f(A)``, [R, C], where ``of_value`` is f."""
+        rotated_RC = matmul_by_rows(v_RC, self.vectors_CC, partition_rows).mul_(of_value(self.values_C))
+        return matmul_by_rows(rotated_RC, self.vectors_CC.T, partition_rows)
 
 
 @dataclass(frozen=True)
@@ -61,8 +106,8 @@ class LinearProblem:
     """What a method may ask about a linear's input. Every question is collective over ``solvers``.
 
     The factorisation behind an answer is computed on one worker (rank 0 of ``solvers``) and sent to the others; it is
-    kept for the other linears with the same input. It overwrites the statistic: a group of linears can be solved by
-    one form of the problem only.
+    kept for the other linears with the same input. The last form of the Gram that is asked for is made in the
+    statistic's place, others in copies.
     """
 
     statistic: Tensor | None
@@ -73,13 +118,71 @@ class LinearProblem:
     solvers: Collective
     device: torch.device
     watch: Stopwatch = field(default_factory=Stopwatch)
+    forms: int = 1
+    """Forms of the Gram that will be asked for."""
     dampings: list[float] = field(default_factory=list)
     """Relative dampings tried until the factorisation succeeded; one entry where the first did."""
+    _linear: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     _answers: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def column_squares(self) -> Tensor:
         """Return the squared 2-norm of each input channel, [C] float32."""
-        return self._shared(("column squares",), (), lambda: (self._statistic(),))[0]
+
+        def compute() -> tuple[Tensor, ...]:
+            assert self.statistic is not None, "the Gram was overwritten by the last form that was promised"
+            if self.statistic.dim() == 2:
+                return (self.statistic.diagonal().clone(),)
+            return (self.statistic[: self.columns].clone(),)
+
+        return self._shared(("column squares",), (), compute)[0]
+
+    def moments(self) -> Tensor:
+        """Return the moments of the input, [4, C] float32: see :data:`billhook.layerworkers.statistics.MOMENTS`."""
+
+        def compute() -> tuple[Tensor, ...]:
+            assert self.statistic is not None
+            return (self.statistic,)
+
+        return self._shared(("moments",), (), compute)[0].view(4, -1)
+
+    def ridged(self, ridge: float) -> Ridged:
+        """Return the unit-diagonal form with ``ridge`` added to the diagonal: no factorisation is needed."""
+
+        def compute() -> tuple[Tensor, ...]:
+            gram_CC, norms_C = self._unit_diagonal()
+            gram_CC.diagonal().add_(ridge)
+            return gram_CC, norms_C
+
+        gram_CC, norms_C = self._shared(("ridged", ridge), (broadcast_symmetric_,), compute)
+        return Ridged(norms_C, gram_CC)
+
+    def spectral(self, ridge: float) -> Spectral:
+        """Return the eigenvalues and eigenvectors of the unit-diagonal Gram, ``ridge`` added to the values.
+
+        They are computed in float64; values that rounding made smaller than a millionth are raised to it.
+        """
+
+        def compute() -> tuple[Tensor, ...]:
+            gram_CC, norms_C = self._unit_diagonal()
+            values_C, vectors_CC = torch.linalg.eigh(gram_CC.double())
+            return vectors_CC.float().contiguous(), norms_C, (values_C + ridge).clamp_(min=1e-6).float()
+
+        vectors_CC, norms_C, values_C = self._shared(("spectral", ridge), (broadcast_tensor_,), compute)
+        return Spectral(norms_C, values_C, vectors_CC)
+
+    def turn_to(self, linear: Tensor) -> None:
+        """Say which linear is solved next: all its rows, dense, [R, C] as on disk, which every solver has."""
+        self._linear = linear
+        self._answers.pop(_COLUMN_MAGNITUDES, None)
+
+    def column_magnitudes(self) -> Tensor:
+        """Return the 1-norm of each column over all rows of the linear at hand, [C] float32."""
+        if _COLUMN_MAGNITUDES not in self._answers:
+            sums_C = torch.zeros(self.columns, dtype=torch.float64)
+            for start, stop in bands(self._linear.shape):
+                sums_C += self._linear[start:stop].abs().sum(dim=0, dtype=torch.float64)
+            self._answers[_COLUMN_MAGNITUDES] = (sums_C.to(self.device, torch.float32),)
+        return self._answers[_COLUMN_MAGNITUDES][0]
 
     def inverse_factor(self, damping: float) -> Tensor:
         """Return U [C, C], upper triangular with ``H^-1 = U^T U``, ``H = G + damping mean(diag G) I``.
@@ -92,7 +195,7 @@ class LinearProblem:
         """
 
         def compute() -> tuple[Tensor, ...]:
-            gram_CC = self._statistic()
+            gram_CC = self._gram()
             mirror_lower_(gram_CC)
             dead_C = gram_CC.diagonal() == 0
             mean = float(gram_CC.diagonal().double().mean()) or 1.0
@@ -115,7 +218,7 @@ class LinearProblem:
         """
 
         def compute() -> tuple[Tensor, ...]:
-            gram_CC = self._statistic()
+            gram_CC = self._gram()
             mirror_lower_(gram_CC)
             norms_C = gram_CC.diagonal().sqrt() + 1e-8
             gram_CC /= norms_C
@@ -146,8 +249,7 @@ class LinearProblem:
         dampings: list[float],
         unit: float,
     ) -> list[float]:
-        if not torch.isfinite(matrix_CC.diagonal()).all():
-            raise RunError("the Gram matrix is not finite: the activations of this linear overflowed float32")
+        self._check_finite(matrix_CC)
         try:
             tried = factorise_(matrix_CC, [damping * unit for damping in dampings])
         except NotPositiveDefiniteError as error:
@@ -158,10 +260,29 @@ class LinearProblem:
             ) from error
         return dampings[: len(tried)]
 
-    def _statistic(self) -> Tensor:
-        assert self.statistic is not None, "the statistic was consumed by another form of the problem"
+    def _unit_diagonal(self) -> tuple[Tensor, Tensor]:
+        """Return ``G / (norms norms^T)``, symmetric to the last bit, and the norms."""
+        gram_CC = self._gram()
+        norms_C = gram_CC.diagonal().sqrt() + 1e-8
+        gram_CC /= norms_C
+        gram_CC /= norms_C[:, None]
+        mirror_lower_(gram_CC)
+        self._check_finite(gram_CC)
+        return gram_CC, norms_C
+
+    def _gram(self) -> Tensor:
+        """Return the Gram, of which the lower triangle is meant, to be overwritten by a form."""
+        assert self.statistic is not None, "the Gram was overwritten by the last form that was promised"
+        self.forms -= 1
+        if self.forms > 0:
+            return self.statistic.clone()
         statistic, self.statistic = self.statistic, None
         return statistic
+
+    @staticmethod
+    def _check_finite(gram_CC: Tensor) -> None:
+        if not torch.isfinite(gram_CC.diagonal()).all():
+            raise RunError("the Gram matrix is not finite: the activations of this linear overflowed float32")
 
     def _shared(
         self, key: tuple[object, ...], ways: Sequence[_Broadcast], compute: Callable[[], tuple[Tensor, ...]]

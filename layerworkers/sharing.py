@@ -43,6 +43,8 @@ class Work:
     flops: float
     selections: int
     """Collective selections that are needed when the rows lie on several workers."""
+    counts: int = 0
+    """Sums of one number over these workers."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: 
 
     options: the method's own.
     """
-    selections = 0 if is_local(method, pattern) else method.selections(columns, options)
-    return Work(rows, method.flops(rows, columns, options), selections)
+    flops = method.flops(rows, columns, options)
+    if is_local(method, pattern):
+        return Work(rows, flops, 0)
+    return Work(rows, flops, method.selections(columns, options), method.counts(columns, options))
 
 
 def shared_of(method: Method, columns: int) -> Shared:
@@ -114,7 +118,7 @@ def share_out_stage(
 def _seconds(pace: Pace, work: Work, ranges: Sequence[Rows]) -> float:
     """Return how long the workers take to solve a linear together."""
     most = max(stop - start for start, stop in ranges)
-    exchanges = len(KEY_LEVELS) * work.selections * (len(ranges) > 1)
+    exchanges = (len(KEY_LEVELS) * work.selections + work.counts) * (len(ranges) > 1)
     return work.flops * most / work.rows / pace.flops_per_second + exchanges * pace.exchange_seconds
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.collective import Collective, Rows, all_gather, gather_rows_
 from billhook.layerworkers.errors import BlockLostError, RunError
-from billhook.layerworkers.methods import METHODS, Method, Solution
+from billhook.layerworkers.methods import Method, Solution, method_named
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, give_up, most_nodes, reduction_rounds, total
@@ -83,14 +83,15 @@ def solve_stage(
     """
     work = [
         [
-            work_of(METHODS[each.method], each.pattern, each.options, *weights[each.disk_name].shape)
+            work_of(method_named(each.method), each.pattern, each.options, *weights[each.disk_name].shape)
             for each in together.linears
         ]
         for together in groups
     ]
     columns = [weights[together.linears[0].disk_name].shape[1] for together in groups]
     shared = [
-        shared_of(METHODS[together.linears[0].method], width) for together, width in zip(groups, columns, strict=True)
+        shared_of(method_named(together.linears[0].method), width)
+        for together, width in zip(groups, columns, strict=True)
     ]
     dealt = len(groups) > 1 and group.size > 1
     ranges = share_out_stage(work, shared, group.size, task.partition_rows, task.pace)
@@ -122,7 +123,7 @@ def _problem(
     watch: Stopwatch,
 ) -> LinearProblem | None:
     """Sum the statistic of an input over all workers; return the problem where there are rows to solve."""
-    method = METHODS[together.linears[0].method]
+    method = method_named(together.linears[0].method)
     columns = weights[together.linears[0].disk_name].shape[1]
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
@@ -131,7 +132,8 @@ def _problem(
             reduced = _reduce(method.statistic, columns, together.nodes, task.partitions, group, solvers[0], device)
     if group.rank not in solvers:
         return None
-    return LinearProblem(reduced, columns, task.partition_rows, group.subgroup(solvers), device, watch)
+    solving = group.subgroup(solvers)
+    return LinearProblem(reduced, columns, task.partition_rows, solving, device, watch, len(method.forms))
 
 
 def _reduce(
@@ -206,7 +208,8 @@ def _solve_share(
     start, stop = ranges[group.rank]
     if start == stop:
         return None
-    method = METHODS[linear.method]
+    method = method_named(linear.method)
+    problem.turn_to(weight)
     owners = [rank for rank, (first, last) in enumerate(ranges) if first < last]
     dense = weight[start:stop]
     sparse = torch.empty_like(dense)

@@ -5,13 +5,14 @@ Legend: T tokens of a calibration sample, C input channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from billhook.kernels.gram import BAND_ROWS, add_column_squares_, add_gram_
+from billhook.kernels.gram import BAND_ROWS, add_column_squares_, add_gram_, add_moments_
 from billhook.layerworkers.reduction import Node, fold
 from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.triangles import band_bytes
@@ -27,9 +28,18 @@ class Statistic:
     add_: Callable[[Tensor, Tensor], None]
     """``add_(total, x_TC)`` adds one sample's share to ``total`` in place."""
 
+    vectors: int = 1
+    """Vectors, one behind the other, that a statistic of one dimension is made of."""
+    gives: frozenset[str] = frozenset()
+    """Names of the other statistics that can be read off it."""
+
+    def covers(self, other: Statistic) -> bool:
+        """Whether it answers what the other does."""
+        return other == self or other.name in self.gives
+
     def shape(self, columns: int) -> tuple[int, ...]:
         """Return the shape for an input of ``columns`` channels."""
-        return (columns,) * self.dimensions
+        return (columns, columns) if self.dimensions == 2 else (self.vectors * columns,)
 
     def sent_bytes(self, start: int, stop: int) -> int:
         """Return what a worker sends of some rows of one total: of a matrix the lower triangle."""
@@ -38,18 +48,21 @@ class Statistic:
     def flops(self, tokens: int, columns: int, on_gpu: bool) -> float:
         """Return what summing over so many tokens computes: of a matrix half, by symmetry, and on a GPU a bit more."""
         if self.dimensions == 1:
-            return 2.0 * tokens * columns
+            return 2.0 * tokens * columns * self.vectors
         return float(tokens * columns) * (min(columns + BAND_ROWS, 2 * columns) if on_gpu else columns)
 
     def size_bytes(self, columns: int) -> int:
         """Return the bytes of one total."""
-        return int(4 * columns**self.dimensions)
+        return 4 * math.prod(self.shape(columns))
 
 
 COLUMN_SQUARES = Statistic("column squares", 1, add_column_squares_)
 """Squared 2-norm of each input channel over all tokens: [C]."""
 
-GRAM = Statistic("gram", 2, add_gram_)
+MOMENTS = Statistic("moments", 1, add_moments_, vectors=4, gives=frozenset({"column squares"}))
+"""Squared 2-norm and sum of each input channel over all tokens, the number of these, and that of samples: [4 C]."""
+
+GRAM = Statistic("gram", 2, add_gram_, gives=frozenset({"column squares"}))
 """``X^T X`` over all tokens, lower triangle: [C, C]. Twice over the number of samples it is SparseGPT's Hessian."""
 
 

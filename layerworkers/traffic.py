@@ -21,7 +21,7 @@ from billhook.layerworkers.collective import (
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count, reduction_rounds
-from billhook.layerworkers.sharing import Pace, share_out_stage, shared_of, work_of
+from billhook.layerworkers.sharing import Pace, Work, share_out_stage, shared_of, work_of
 from billhook.layerworkers.statistics import Statistic
 
 
@@ -83,7 +83,7 @@ def stage_traffic(
             nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
             traffic += _reduction(method.statistic, columns, nodes, solvers[0])
         for each, rows in zip(work, own, strict=True):
-            traffic += _selections(each.selections, sum(start < stop for start, stop in rows))
+            traffic += _selections(each, sum(start < stop for start, stop in rows))
     if pattern.sparsity == 0:
         return traffic
     matrices = [matrix for group in groups for matrix in group]
@@ -113,12 +113,12 @@ def _reduction(statistic: Statistic, columns: int, nodes: Sequence[int], root: i
     return traffic
 
 
-def _selections(selections: int, owners: int) -> Traffic:
+def _selections(work: Work, owners: int) -> Traffic:
     """Return the traffic of finding thresholds over all rows: each owner sends its histograms to each other."""
     if owners == 1:
         return NOTHING
-    sent = selections * (owners - 1) * sum(4 << bits for bits in KEY_LEVELS)
-    return Traffic(owners * sent, sent, len(KEY_LEVELS) * selections)
+    sent = (owners - 1) * (work.selections * sum(4 << bits for bits in KEY_LEVELS) + 8 * work.counts)
+    return Traffic(owners * sent, sent, len(KEY_LEVELS) * work.selections + work.counts)
 
 
 def _rows(matrices: Sequence[Matrix], ranges: Sequence[Sequence[Rows]], workers: int) -> Traffic:

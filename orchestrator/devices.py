@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import InputError, nearest
 from billhook.orchestrator.probe import LAUNCH_SECONDS, Rates
-from billhook.orchestrator.recipe import Recipe, nearest
+from billhook.orchestrator.recipe import Recipe
 
 EFFICIENCY = 0.5
 """Share of what a data sheet promises that is counted on: of products, of disks, of copies."""

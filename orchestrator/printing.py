@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.methods import METHODS, REFINEMENTS, Method, Refinement, method_named
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.layout import Linear
@@ -139,7 +139,7 @@ def _fitted(request: Request) -> str:
     recipe, fallback = request.recipe, request.recipe.expert_fallback
     if fallback == "pool" and not request.model.skeleton.can_pool:
         fallback = "magnitude"
-    if METHODS[recipe.method].statistic is None:
+    if method_named(recipe.method).statistic is None:
         return "each by itself"
     if recipe.route == "all":
         return "each fitted to all tokens"
@@ -237,16 +237,18 @@ def inspection_as_text(found: Inspection) -> str:
 
 
 def methods_as_json() -> list[dict[str, Any]]:
-    """Return the table of methods."""
+    """Return the table of methods, and of what can follow one."""
+    table: list[Method | Refinement] = [*METHODS.values(), *REFINEMENTS.values()]
     return [
         {
-            "name": method.name,
-            "source": method.source,
-            "summary": method.summary,
-            "statistics": [method.statistic.name] if method.statistic is not None else [],
-            "options": {field.name: field.default for field in dataclasses.fields(method.options)},
+            "name": each.name,
+            "follows": each.name in REFINEMENTS,
+            "source": each.source,
+            "summary": each.summary,
+            "statistics": [each.statistic.name] if each.statistic is not None else [],
+            "options": {field.name: field.default for field in dataclasses.fields(each.options)},
         }
-        for method in METHODS.values()
+        for each in table
     ]
 
 
@@ -257,7 +259,8 @@ def methods_as_text() -> str:
         options = ", ".join(f"{name}={value}" for name, value in method["options"].items()) or "none"
         needs = ", ".join(method["statistics"]) or "nothing"
         blocks.append(
-            f"{method['name']}: {method['summary']}\n  source   {method['source']}\n  needs    {needs}\n"
+            f"{'METHOD+' * method['follows']}{method['name']}: {method['summary']}\n"
+            f"  source   {method['source']}\n  needs    {needs}\n"
             f"  options  {options}"
         )
     return "\n".join(blocks)

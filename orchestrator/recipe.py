@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, cast
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import InputError, nearest
 
 Value = bool | int | float | str
 
@@ -210,29 +209,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Return ``" (did you mean X?)"`` for the nearest known name, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
     """Check a method's name and its options; return all of them, defaults included.
 
     Raises:
         InputError: for an unknown method or option, or a value of the wrong kind or range.
     """
-    from billhook.layerworkers.methods import METHODS
+    from billhook.layerworkers.methods import method_named
 
-    if method not in METHODS:
-        raise InputError(f"--method {method}: unknown{nearest(method, list(METHODS))}; known are {', '.join(METHODS)}")
-    fields = {field.name: field for field in dataclasses.fields(METHODS[method].options)}
+    known_options = method_named(method).options
+    fields = {field.name: field for field in dataclasses.fields(known_options)}
     checked: dict[str, Any] = {}
     for key, value in options.items():
         if key not in fields:
             known = f"known are {', '.join(fields)}" if fields else "it has none"
             raise InputError(f"--set {key}: {method} has no such option{nearest(key, list(fields))}; {known}")
         kind: Any = type(fields[key].default)
+        if kind is str:
+            checked[key] = str(value)
+            continue
         try:
             number = kind(value)
         except (TypeError, ValueError, OverflowError) as error:
@@ -240,4 +235,4 @@ def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
         if (kind is int and float(value) != number) or isinstance(value, bool) or not math.isfinite(number):
             raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}")
         checked[key] = number
-    return dataclasses.asdict(METHODS[method].options(**checked))
+    return dataclasses.asdict(known_options(**checked))

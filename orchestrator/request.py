@@ -9,7 +9,7 @@ from typing import Any
 
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.machine import library_versions, machine_facts
-from billhook.layerworkers.methods import METHODS, Method
+from billhook.layerworkers.methods import Method, method_named
 from billhook.layerworkers.patterns import NM, Pattern, parse_pattern
 from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.layout import Layout, Linear
@@ -40,7 +40,7 @@ class Request:
     @property
     def method(self) -> Method:
         """The pruning method."""
-        return METHODS[self.recipe.method]
+        return method_named(self.recipe.method)
 
     @property
     def samples(self) -> int:
@@ -99,7 +99,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
         update={
             "sparsity": float(pattern.sparsity),
             "options": options,
-            "fit": METHODS[recipe.method].fit if recipe.fit == "auto" else recipe.fit,
+            "fit": method_named(recipe.method).fit if recipe.fit == "auto" else recipe.fit,
             "device": opened.device,
             "dtype": opened.dtype,
             "seqlen": seqlen,

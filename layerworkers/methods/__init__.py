@@ -4,16 +4,56 @@ A method is ``solve(weight_RC, problem, select, options) -> Solution``. ``weight
 a linear that this worker solves; they are its own to overwrite. ``problem`` answers questions about the linear's
 input; ``select`` chooses entries. Both are collective: every worker that holds rows of the linear makes the same calls
 in the same order. Products go through ``matmul_by_rows``, so that the bits of a row do not depend on its neighbours.
+
+A refinement is ``refine(dense_RC, solution, problem, pattern, options) -> Solution``, and stands in
+:data:`REFINEMENTS`.
 """
 
 from __future__ import annotations
 
+import functools
+
+from billhook.layerworkers.errors import InputError, nearest
 from billhook.layerworkers.methods.admm import ADMM
-from billhook.layerworkers.methods.contract import Method, Solution
+from billhook.layerworkers.methods.alps import ALPS
+from billhook.layerworkers.methods.chain import chain
+from billhook.layerworkers.methods.contract import Method, Refinement, Solution
+from billhook.layerworkers.methods.dsnot import DSNOT
+from billhook.layerworkers.methods.iht import IHT
 from billhook.layerworkers.methods.magnitude import MAGNITUDE
+from billhook.layerworkers.methods.net_trim import NET_TRIM
+from billhook.layerworkers.methods.refit import EXACT_REFIT, REFIT
+from billhook.layerworkers.methods.ria import RIA
 from billhook.layerworkers.methods.sparsegpt import SPARSEGPT
-from billhook.layerworkers.methods.wanda import WANDA
+from billhook.layerworkers.methods.swaps import SWAPS
+from billhook.layerworkers.methods.thanos import THANOS
+from billhook.layerworkers.methods.wanda import WANDA, WANDA_CUMULATIVE
 
-METHODS: dict[str, Method] = {method.name: method for method in (MAGNITUDE, WANDA, SPARSEGPT, ADMM)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (MAGNITUDE, WANDA, WANDA_CUMULATIVE, RIA, SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS)
+}
 
-__all__ = ["METHODS", "Method", "Solution"]
+REFINEMENTS: dict[str, Refinement] = {each.name: each for each in (DSNOT, SWAPS, REFIT, EXACT_REFIT)}
+
+
+@functools.cache
+def method_named(name: str) -> Method:
+    """Return a method by its name, or a method and refinements by theirs, as ``wanda+swaps+refit``.
+
+    Raises:
+        InputError: when there is none of that name, or they do not go together.
+    """
+    first, *others = name.split("+")
+    if first not in METHODS:
+        raise InputError(f"--method {name}: unknown{nearest(first, [*METHODS])}; known are {', '.join(METHODS)}")
+    for other in others:
+        if other not in REFINEMENTS:
+            raise InputError(
+                f"--method {name}: {other!r} cannot follow a method{nearest(other, [*REFINEMENTS])}; what can is "
+                f"{', '.join(REFINEMENTS)}"
+            )
+    return chain(METHODS[first], [REFINEMENTS[other] for other in others]) if others else METHODS[first]
+
+
+__all__ = ["METHODS", "REFINEMENTS", "Method", "Refinement", "Solution", "method_named"]

@@ -6,13 +6,14 @@ Legend: R rows (outputs), C columns (inputs). The paper's matrices are transpose
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from billhook.kernels.products import matmul_by_rows
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
+from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, partition_sums, quadratic_sums
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, normalised_load
 from billhook.layerworkers.statistics import GRAM
@@ -30,10 +31,12 @@ class Options:
     """Iterations in all."""
     reselections: int = 15
     """Iterations that choose the mask anew; the later ones keep the last mask."""
+    schedule: str = "constant"
+    """``constant``: the mask has the asked sparsity from the first iteration; ``cubic``: it gets there by the last
+    reselection, as the paper describes it."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ridge < float("inf"):
-            raise InputError(f"ridge={self.ridge}: expected a number of at least 0, for example 0.1")
+        check_ridge(self.ridge)
         if not 0 < self.rho < float("inf"):
             raise InputError(f"rho={self.rho}: expected a positive number, for example 1")
         if not 1 <= self.reselections <= self.iterations:
@@ -41,6 +44,8 @@ class Options:
                 f"reselections={self.reselections}, iterations={self.iterations}: "
                 "expected 1 <= reselections <= iterations"
             )
+        if self.schedule not in ("constant", "cubic"):
+            raise InputError(f"schedule={self.schedule}: expected 'constant' or 'cubic'")
 
 
 def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:
@@ -48,8 +53,9 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
 
     ``Z = P(V + U); U += V - Z; V = (V0 A + rho (Z - U)) (A + rho I)^-1`` where P keeps the largest entries of
     ``|V + U|`` (section 3 of the paper; the first choice is Wanda's score, compared over the whole linear).
-    The mask has the asked sparsity from the first iteration, as in the author's released code. Loss and energy are
-    the objective, at the result and at zero.
+    The mask has the asked sparsity from the first iteration, as in the author's released code, or, by the schedule of
+    the paper, the share ``1 - (1 - t / reselections)^3`` of it in iteration t. Loss and energy are the objective, at
+    the result and at zero.
     """
     form = problem.normalised(options.ridge, options.rho)
     v0_RC = weight_RC * form.norms_C
@@ -59,18 +65,17 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     for iteration in range(options.iterations):
         u_RC += v_RC
         if iteration < options.reselections:
-            prune_RC = select(u_RC.abs())
+            left = 1 - Fraction(iteration + 1, options.reselections) if options.schedule == "cubic" else 0
+            prune_RC = select.part(u_RC.abs(), Fraction(1 - left**3))
         z_RC = u_RC.masked_fill(prune_RC, 0.0)
         u_RC -= z_RC
         right_RC = z_RC.sub_(u_RC).mul_(options.rho).add_(target_RC)
         v_RC = matmul_by_rows(right_RC, form.inverse_CC, problem.partition_rows)
     z_RC = (v_RC + u_RC).masked_fill_(prune_RC, 0.0)
-    change_RC = z_RC - v0_RC
-    loss_RC = matmul_by_rows(change_RC, form.gram_CC, problem.partition_rows) * change_RC
     return Solution(
         z_RC / form.norms_C,
         removed=int(prune_RC.sum()),
-        loss=partition_sums(loss_RC, problem.partition_rows),
+        loss=quadratic_sums(z_RC - v0_RC, form.gram_CC, problem.partition_rows),
         energy=partition_sums(target_RC * v0_RC, problem.partition_rows),
     )
 
@@ -90,4 +95,5 @@ ADMM = Method(
     factor_flops=lambda columns: columns**3,
     shared=normalised_load,
     extra_bytes=lambda rows, columns: 4 * columns**2 + 40 * rows * columns,
+    forms=frozenset({"normalised"}),
 )

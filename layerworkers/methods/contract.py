@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from billhook.kernels.products import row_partitions
+from billhook.kernels.products import matmul_by_rows, row_partitions
 from billhook.kernels.select import zero_where_
 from billhook.layerworkers.collective import Load
-from billhook.layerworkers.patterns import Selector
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.patterns import Pattern, Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.statistics import Statistic
 
@@ -58,9 +59,43 @@ class Method:
     """``shared(columns)``: what of that each further worker that solves them is sent."""
     extra_bytes: Callable[[int, int], int]
     """``extra_bytes(rows, columns)`` held during a solve beside the float32 weight and the statistic."""
+    forms: frozenset[str] = frozenset()
+    """What the Gram is made into: questions to the problem that would each overwrite it."""
+    counts: Callable[[int, Any], int] = lambda columns, options: 0
+    """``counts(columns, options)``: sums of one number over all workers in one unstructured solve."""
+    adaptive: bool = False
+    """Whether the data decide how many selections and counts there are; those declared are then the most."""
 
 
-def mask_by_score(weight_RC: Tensor, score_RC: Tensor, select: Selector, partition_rows: int) -> Solution:
+@dataclass(frozen=True)
+class Refinement:
+    """What can be done to the result of a method: one row of the table of refinements.
+
+    What is zero before is zero afterwards, or as many others are: in the row, and for N:M in the group. Rows are
+    refined by themselves.
+    """
+
+    name: str
+    source: str
+    summary: str
+    statistic: Statistic
+    fit: str
+    """As a method's; empty: that of the method before."""
+    options: type[Any]
+    """As a method's. An option that several parts of a chain have is one and the same."""
+    refine: Callable[[Tensor, Solution, LinearProblem, Pattern, Any], Solution]
+    """``refine(dense_RC, solution, problem, pattern, options)``; what the solution holds may be overwritten."""
+    flops: Callable[[int, int, Any], float]
+    launches: Callable[[int, Any], int]
+    factor_flops: Callable[[int], float]
+    shared: Callable[[int], Load]
+    extra_bytes: Callable[[int, int], int]
+    forms: frozenset[str]
+
+
+def mask_by_score(
+    weight_RC: Tensor, score_RC: Tensor, select: Callable[[Tensor], Tensor], partition_rows: int
+) -> Solution:
     """Remove the entries with the smallest scores; survivors keep their values.
 
     weight_RC: [R, C] float32; score_RC: [R, C] float32, at least 0; both are overwritten. Loss and energy are the
@@ -75,7 +110,22 @@ def mask_by_score(weight_RC: Tensor, score_RC: Tensor, select: Selector, partiti
     return Solution(weight_RC, removed, partition_sums(squares_RC, partition_rows), energy)
 
 
+def quadratic_sums(change_RC: Tensor, gram_CC: Tensor, partition_rows: int) -> list[float]:
+    """Return ``tr(D A D^T)`` of the rows D [R, C] of each row partition, A being ``gram_CC``."""
+    return partition_sums(matmul_by_rows(change_RC, gram_CC, partition_rows).mul_(change_RC), partition_rows)
+
+
 def partition_sums(values_RC: Tensor, partition_rows: int) -> list[float]:
     """Sum the rows of ``values_RC``, and these sums, in float64, over each row partition."""
     sums_R = values_RC.sum(dim=1).double()
     return [float(sums_R[start:stop].sum()) for start, stop in row_partitions(len(values_RC), partition_rows)]
+
+
+def check_ridge(ridge: float) -> None:
+    """Check the option that several methods share.
+
+    Raises:
+        InputError: when it is negative or not finite.
+    """
+    if not 0 <= ridge < float("inf"):
+        raise InputError(f"ridge={ridge}: expected a number of at least 0, for example 0.1")

@@ -53,7 +53,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     change of the weights and H the damped Gram; the energy is ``tr(W H W^T) / 2``.
     """
     factor_CC = problem.inverse_factor(options.damping)
-    energy = _energy(weight_RC, factor_CC, problem.partition_rows)
+    energy = damped_energy(weight_RC, factor_CC, problem.partition_rows)
     squared_error_R1 = weight_RC.new_zeros(len(weight_RC), 1)
     removed = 0
     columns, width = weight_RC.shape[1], block_columns(select.pattern, options)
@@ -79,7 +79,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     return Solution(weight_RC, removed, partition_sums(squared_error_R1 / 2, problem.partition_rows), energy)
 
 
-def _energy(weight_RC: Tensor, factor_CC: Tensor, partition_rows: int) -> list[float]:
+def damped_energy(weight_RC: Tensor, factor_CC: Tensor, partition_rows: int) -> list[float]:
     """Return ``tr(W H W^T) / 2`` per row partition: with ``H^-1 = U^T U``, W H W^T is the square of ``W U^-1``."""
     return [
         float(
@@ -109,4 +109,5 @@ SPARSEGPT = Method(
     factor_flops=lambda columns: 2.0 / 3.0 * columns**3,
     shared=inverse_factor_load,
     extra_bytes=lambda rows, columns: 4 * rows * columns,
+    forms=frozenset({"inverse factor"}),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from billhook.layerworkers.methods.contract import Method, Solution, mask_by_score
@@ -29,6 +30,21 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     return mask_by_score(weight_RC, score_RC, select, problem.partition_rows)
 
 
+def solve_cumulatively(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:
+    """Remove what makes up the same share of each row's scores: rows whose scores are uneven lose more entries.
+
+    An entry is compared, over the whole linear, by the sum of its row's scores up to its own, over the sum of all. The
+    authors search for the share that comes within a thousandth of the sparsity asked (appendix on OPT, and
+    ``--use_variant`` of their code); compared so, its count is exact. N:M patterns come out as Wanda's.
+    """
+    score_RC = weight_RC.abs().mul_(problem.column_squares().sqrt())
+    ascending_RC, order_RC = score_RC.sort(dim=1, stable=True)
+    running_RC = ascending_RC.double().cumsum(dim=1)
+    share_RC = running_RC.div_(running_RC[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)).float()
+    prune_RC = select(torch.empty_like(score_RC).scatter_(1, order_RC, share_RC))
+    return mask_by_score(weight_RC, score_RC, lambda _: prune_RC, problem.partition_rows)
+
+
 WANDA = Method(
     name="wanda",
     source="Sun et al., A Simple and Effective Pruning Approach for LLMs, ICLR 2024 (arXiv 2306.11695), equation 1",
@@ -44,4 +60,21 @@ WANDA = Method(
     factor_flops=lambda columns: 0.0,
     shared=column_squares_load,
     extra_bytes=lambda rows, columns: 22 * rows * columns,
+)
+
+WANDA_CUMULATIVE = Method(
+    name="wanda-cumulative",
+    source="Sun et al., ICLR 2024 (arXiv 2306.11695), the variant of the appendix on OPT",
+    summary="as wanda, but each row loses the same share of its summed scores, not of its entries",
+    statistic=COLUMN_SQUARES,
+    within_rows=False,
+    fit="dense-block",
+    options=Options,
+    solve=solve_cumulatively,
+    selections=lambda columns, options: 1,
+    flops=lambda rows, columns, options: 60.0 * rows * columns,
+    launches=lambda columns, options: 40,
+    factor_flops=lambda columns: 0.0,
+    shared=column_squares_load,
+    extra_bytes=lambda rows, columns: 50 * rows * columns,
 )

@@ -11,11 +11,26 @@ import torch
 from billhook.kernels.gram import add_gram_, gram_reference
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.methods import METHODS, Solution
+from billhook.layerworkers.methods import METHODS, Solution, method_named
 from billhook.layerworkers.patterns import NM, Pattern, Selector, Unstructured
 from billhook.layerworkers.problem import LinearProblem
 
 HALF = Unstructured(Fraction(1, 2))
+
+ALL = [
+    *METHODS,
+    "wanda+dsnot",
+    "wanda+swaps",
+    "sparsegpt+swaps",
+    "wanda+refit",
+    "admm+refit",
+    "wanda+swaps+exact-refit",
+]
+"""Every method and every refinement."""
+MASKS = ["magnitude", "wanda", "wanda-cumulative", "ria", "wanda+dsnot", "wanda+swaps"]
+"""Those that leave the survivors alone."""
+SOLVERS = ["sparsegpt", "thanos", "net-trim", "iht", "admm", "alps", "wanda+refit"]
+"""Those that update them."""
 
 
 def activations(tokens: int = 400, columns: int = 96) -> torch.Tensor:
@@ -38,12 +53,13 @@ def solve(name: str, w: torch.Tensor, x: torch.Tensor, pattern: Pattern, **optio
 def solve_with_problem(
     name: str, w: torch.Tensor, x: torch.Tensor, pattern: Pattern, **options: Any
 ) -> tuple[Solution, LinearProblem]:
-    method = METHODS[name]
+    method = method_named(name)
     statistic = None
     if method.statistic is not None:
         statistic = torch.zeros(method.statistic.shape(x.shape[1]))
         method.statistic.add_(statistic, x)
-    problem = LinearProblem(statistic, x.shape[1], 16, Alone(), torch.device("cpu"))
+    problem = LinearProblem(statistic, x.shape[1], 16, Alone(), torch.device("cpu"), forms=len(method.forms))
+    problem.turn_to(w)
     select = Selector(pattern, method.within_rows, Alone())
     return method.solve(w.clone(), problem, select, method.options(**options)), problem
 
@@ -54,25 +70,21 @@ def output_error(sparse: torch.Tensor, dense: torch.Tensor, x: torch.Tensor) -> 
     return float((change @ gram * change).sum() / (dense.double() @ gram * dense.double()).sum())
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("sparsity", ["0", "0.3", "0.5", "0.7", "0.99"])
 def test_unstructured_counts_are_exact(name: str, sparsity: str) -> None:
     w, x, share = weights(), activations(), Fraction(sparsity)
     solution = solve(name, w, x, Unstructured(share))
     rows, columns = w.shape
-    expected = {
-        "magnitude": int(share * rows * columns),
-        "wanda": rows * int(share * columns),
-        "sparsegpt": int(share * rows * columns),  # one block of 96 columns
-        "admm": int(share * rows * columns),
-    }[name]
+    within_rows = method_named(name).within_rows
+    expected = rows * int(share * columns) if within_rows else int(share * rows * columns)
     assert solution.removed == expected
     assert int((solution.weight_RC == 0).sum()) == expected
     if share == 0:
         assert torch.allclose(solution.weight_RC, w, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 3)])
 def test_every_group_of_an_nm_pattern_keeps_n(name: str, keep: int, group: int) -> None:
     w, x = weights(), activations()
@@ -80,6 +92,12 @@ def test_every_group_of_an_nm_pattern_keeps_n(name: str, keep: int, group: int) 
     kept = (solution.weight_RC.view(48, -1, group) != 0).sum(dim=2)
     assert (kept == keep).all()
     assert solution.removed == w.numel() * (group - keep) // group
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if method_named(name).within_rows])
+def test_what_compares_rows_by_themselves_takes_as_many_from_each(name: str) -> None:
+    sparse = solve(name, weights(), activations(), HALF).weight_RC
+    assert ((sparse == 0).sum(dim=1) == 48).all()
 
 
 @pytest.mark.parametrize("block", [1, 7, 32, 96, 128])
@@ -90,7 +108,7 @@ def test_sparsegpt_prunes_each_block_of_columns_by_the_share(block: int) -> None
         assert int((piece == 0).sum()) == piece.numel() // 2
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+@pytest.mark.parametrize("name", MASKS)
 def test_mask_methods_leave_survivors_alone(name: str) -> None:
     w = weights()
     sparse = solve(name, w, activations(), HALF).weight_RC
@@ -154,7 +172,7 @@ def test_with_a_diagonal_gram_and_no_damping_sparsegpt_and_wanda_choose_alike() 
     assert torch.equal(ours == 0, solve("wanda", w, x, HALF).weight_RC == 0)
 
 
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("magnitude", "wanda+dsnot")])
 def test_the_scale_of_the_inputs_does_not_matter(name: str) -> None:
     w, x = weights(), activations()
     small, large = solve(name, w, x, HALF).weight_RC, solve(name, w, x * 64, HALF).weight_RC
@@ -186,13 +204,171 @@ def test_admm_reaches_the_least_squares_weights_of_its_support() -> None:
 @pytest.mark.parametrize("pattern", [HALF, Unstructured(Fraction(7, 10)), NM(2, 4)])
 def test_each_method_is_better_than_the_one_before(pattern: Pattern) -> None:
     w, x = weights(), activations()
-    errors = [output_error(solve(name, w, x, pattern).weight_RC, w, x) for name in METHODS]
-    assert list(METHODS) == ["magnitude", "wanda", "sparsegpt", "admm"]
+    names = ["magnitude", "wanda", "sparsegpt", "admm"]
+    errors = [output_error(solve(name, w, x, pattern).weight_RC, w, x) for name in names]
     assert errors == sorted(errors, reverse=True)
-    assert errors[3] < 0.6 * errors[1]
+    assert errors[-1] < 0.6 * errors[1]
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(Fraction(7, 10)), NM(2, 4)])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_are_far_better_than_their_mask_without_an_update(name: str, pattern: Pattern) -> None:
+    w, x = weights(), activations()
+    sparse = solve(name, w, x, pattern).weight_RC
+    assert output_error(sparse, w, x) < 0.9 * output_error(w * (sparse != 0), w, x)
+    assert output_error(sparse, w, x) < 0.9 * output_error(solve("wanda", w, x, pattern).weight_RC, w, x)
+
+
+@pytest.mark.parametrize("name", ["net-trim", "iht", "alps", "wanda+refit", "sparsegpt+exact-refit"])
+def test_refitted_weights_fulfil_the_normal_equations_of_their_support(name: str) -> None:
+    w, x = weights(rows=8), activations()
+    steps = {} if "exact" in name else {"refit_steps": 100}
+    sparse = solve(name, w, x, HALF, **steps).weight_RC
+    gram = gram_reference(x)
+    norms = gram.diagonal().sqrt()
+    a = gram / norms / norms[:, None] + 0.1 * torch.eye(96)
+    gradient = ((sparse - w).double() * norms) @ a
+    scale = (w.double() * norms @ a).abs().max()
+    assert float(gradient[sparse != 0].abs().max()) < 1e-4 * float(scale)
+
+
+def test_the_loss_of_what_is_refined_is_its_quadratic_form() -> None:
+    w, x = weights(), activations()
+    gram = gram_reference(x)
+    norms = gram.diagonal().sqrt()
+    a = gram / norms / norms[:, None] + 0.1 * torch.eye(96)
+    for name in ("admm", "alps", "iht", "net-trim", "wanda+swaps", "wanda+refit", "wanda+exact-refit"):
+        solution = solve(name, w, x, HALF)
+        change = (solution.weight_RC - w).double() * norms
+        dense = w.double() * norms
+        assert sum(solution.loss) == pytest.approx(float((change @ a * change).sum()), rel=1e-3), name
+        assert sum(solution.energy) == pytest.approx(float((dense @ a * dense).sum()), rel=1e-3), name
+
+
+def test_refinements_never_raise_the_loss() -> None:
+    w, x = weights(), activations()
+    losses = [
+        sum(solve(name, w, x, HALF).loss) for name in ("wanda+swaps", "wanda+swaps+refit", "wanda+swaps+exact-refit")
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_alps_is_at_least_as_good_as_admm_on_the_gram_that_it_sees() -> None:
+    w, x = weights(), activations()
+    for pattern in (HALF, Unstructured(Fraction(7, 10)), NM(2, 4)):
+        assert sum(solve("alps", w, x, pattern).loss) < 1.02 * sum(solve("admm", w, x, pattern).loss)
+
+
+def test_each_solver_finds_nearly_the_best_of_all_supports_of_a_small_problem() -> None:
+    from itertools import combinations
+
+    ratios: dict[str, list[float]] = {name: [] for name in ("admm", "alps", "wanda+swaps+refit")}
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(64, 8, generator=generator) @ (torch.eye(8) + 0.4 * torch.randn(8, 8, generator=generator))
+        w = torch.randn(1, 8, generator=generator)
+        gram = gram_reference(x)
+        norms = gram.diagonal().sqrt()
+        a = gram / norms / norms[:, None] + 0.1 * torch.eye(8)
+        dense = (w.double() * norms)[0]
+
+        def objective(v: torch.Tensor, a: torch.Tensor = a, dense: torch.Tensor = dense) -> float:
+            return float((v - dense) @ a @ (v - dense))
+
+        best = float("inf")
+        for support in map(list, combinations(range(8), 4)):
+            v = torch.zeros(8, dtype=torch.float64)
+            v[support] = torch.linalg.solve(a[support][:, support], a[support] @ dense)
+            best = min(best, objective(v))
+        for name, own in ratios.items():
+            own.append(objective((solve(name, w, x, HALF).weight_RC.double() * norms)[0]) / best)
+    for name, own in ratios.items():
+        assert min(own) >= 1 - 1e-5, name
+        assert sorted(own)[len(own) // 2] < 1.5, name
+        assert max(own) < 4, name
+
+
+def test_ria_with_exponent_zero_and_rows_alike_looks_at_columns_alone() -> None:
+    w = torch.tensor([[4.0, 1.0, 2.0, 3.0], [1.0, 4.0, 3.0, 2.0]])
+    sparse = solve("ria", w, activations(columns=4), HALF, exponent=0.0).weight_RC
+    assert torch.equal(sparse == 0, w < 2.5)
+
+
+def test_wanda_cumulative_takes_the_same_share_of_scores_from_each_row() -> None:
+    w, x = weights(rows=200), activations()
+    w[:100] = w[:100].sign() * w[:100].abs() ** 4  # uneven: few large ones
+    sparse = solve("wanda-cumulative", w, x, HALF).weight_RC
+    score = w.abs() * gram_reference(x).diagonal().sqrt()
+    gone = (score * (sparse == 0)).sum(dim=1) / score.sum(dim=1)
+    assert float(gone.max() - gone.min()) < 0.05
+    counts = (sparse == 0).sum(dim=1)
+    assert counts[:100].float().mean() > 1.2 * counts[100:].float().mean()
+
+
+def test_thanos_with_one_column_a_block_is_sparsegpt_on_the_same_mask() -> None:
+    """The update then is the sweep's; for N:M with groups of one column nothing is chosen, so a mask is forced."""
+    from billhook.kernels.joint import remove_jointly_
+    from billhook.kernels.sweep import sweep_masked_reference
+
+    torch.manual_seed(0)
+    u = torch.randn(12, 12).triu() + 4 * torch.eye(12)
+    w, prune = torch.randn(6, 12), torch.rand(6, 12) < 0.5
+    swept = w.clone()
+    errors = sweep_masked_reference(swept, u, prune)
+    jointly = w.clone()
+    for column in range(12):
+        block = jointly[:, column : column + 1].clone()
+        e = remove_jointly_(block, u[column : column + 1, column : column + 1], prune[:, column : column + 1], 16)
+        assert torch.allclose(e, errors[:, column : column + 1], atol=1e-5)
+        jointly[:, column : column + 1] = block
+        jointly[:, column + 1 :] -= e @ u[column : column + 1, column + 1 :]
+    assert torch.allclose(jointly, swept, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)])
+def test_thanos_updates_to_the_best_weights_of_one_block(pattern: Pattern) -> None:
+    """With all columns in one block, the update is the least-squares refit on the mask, exactly."""
+    w, x = weights(rows=8), activations()
+    sparse = solve("thanos", w, x, pattern, block=96).weight_RC
+    gram = gram_reference(x)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(96)
+    for row in range(8):
+        support = (sparse[row] != 0).nonzero().flatten()
+        best = torch.linalg.solve(damped[support][:, support], damped[support] @ w[row].double())
+        assert torch.allclose(sparse[row].double()[support], best, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)])
+def test_the_loss_of_thanos_is_half_the_quadratic_form(pattern: Pattern) -> None:
+    w, x = weights(), activations()
+    solution = solve("thanos", w, x, pattern, block=32)
+    gram = gram_reference(x)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(96)
+    change = solution.weight_RC.double() - w.double()
+    assert sum(solution.loss) == pytest.approx(0.5 * float((change @ damped * change).sum()), rel=1e-4)
+
+
+def test_dsnot_brings_the_mean_of_the_outputs_nearer() -> None:
+    w, x = weights(), activations() + 2.0
+    means = x.double().mean(dim=0)
+    before, after = (
+        ((solve(name, w, x, HALF).weight_RC.double() - w) @ means).abs() for name in ("wanda", "wanda+dsnot")
+    )
+    assert (after <= before + 1e-4).all()
+    assert after.mean() < 0.5 * before.mean()
+
+
+def test_the_cubic_schedule_of_admm_ends_at_the_same_count_and_a_like_error() -> None:
+    w, x = weights(), activations()
+    for pattern in (HALF, NM(2, 4)):
+        constant = solve("admm", w, x, pattern)
+        cubic = solve("admm", w, x, pattern, schedule="cubic")
+        assert cubic.removed == constant.removed
+        assert not torch.equal(cubic.weight_RC == 0, constant.weight_RC == 0)
+        assert sum(cubic.loss) == pytest.approx(sum(constant.loss), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_dead_and_duplicate_channels_and_zero_weights(name: str) -> None:
     w, x = weights(), activations()
     x[:, 5] = 0
@@ -207,7 +383,7 @@ def test_dead_and_duplicate_channels_and_zero_weights(name: str) -> None:
         assert (solution.weight_RC[:, 5] == 0).all(), "what weighs nothing is removed first"
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", ALL)
 def test_what_is_kept_of_a_dead_channel_keeps_its_value(name: str) -> None:
     w, x = weights(), activations()
     x[:, 5] = 0
@@ -257,11 +433,22 @@ def test_a_gram_that_no_damping_mends_is_an_error() -> None:
         ("admm", {"ridge": -1.0}),
         ("admm", {"rho": 0.0}),
         ("admm", {"reselections": 30}),
+        ("admm", {"schedule": "linear"}),
+        ("ria", {"exponent": -1.0}),
+        ("alps", {"rho": 0.0}),
+        ("alps", {"iterations": 1}),
+        ("iht", {"iterations": 0}),
+        ("net-trim", {"tolerance": 1.0}),
+        ("wanda+refit", {"ridge": -1.0}),
+        ("wanda+refit", {"refit_steps": 0}),
+        ("wanda+swaps+refit", {"swaps": 0}),
+        ("wanda+dsnot", {"cycles": 0}),
+        ("wanda+dsnot", {"threshold": -1.0}),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
-        METHODS[name].options(**options)
+        method_named(name).options(**options)
 
 
 def test_statistics_are_sums() -> None:

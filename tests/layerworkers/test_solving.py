@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from billhook.layerworkers import solving
-from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.methods import METHODS, method_named
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
@@ -57,7 +57,7 @@ def solved(
 
     apart: each linear is taken to have an input of its own.
     """
-    statistic = METHODS[task.linears[0].method].statistic
+    statistic = method_named(task.linears[0].method).statistic
     together = []
     for linears in [[linear] for linear in task.linears] if apart else [task.linears]:
         nodes = []
@@ -87,7 +87,7 @@ def solved_by(
     apart: bool = False,
 ) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
-    table = METHODS[method]
+    table = method_named(method)
     tasks = [LinearTask(name, name, pattern, method, table.options()) for name in weights]
     partitions = 0 if table.statistic is None else 6
     sizes = (4, partitions, 16)
@@ -102,7 +102,10 @@ def solved_by(
     return results
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+CHAINS = ["wanda+dsnot", "sparsegpt+swaps", "admm+swaps+refit", "magnitude+exact-refit"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *CHAINS])
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])
 @pytest.mark.parametrize("ways", ["split", "dealt", "apart"])
 def test_any_number_of_workers_gives_the_same_bytes(run_group: Any, method: str, pattern: Pattern, ways: str) -> None:
@@ -145,7 +148,7 @@ def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, met
     dense = {name: weight.double() / 3 for name, weight in weights.items()}
     for weight in dense.values():
         weight[0, :4] = torch.tensor([1e-50, -1e-50, 1.0, 2.0])  # the first two are 0 in float32
-    table = METHODS[method]
+    table = method_named(method)
     tasks = [LinearTask(name, name, NM(2, 4), method, table.options()) for name in dense]
     task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", 4, 6 if table.statistic else 0, 16)
     numbered = list(enumerate(inputs))
@@ -156,7 +159,7 @@ def test_mask_methods_keep_float64_survivors_to_the_last_bit(run_group: Any, met
         assert each.report.zeros == int((~kept).sum()) == kept.numel() // 2
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [*METHODS, *CHAINS])
 def test_nothing_asked_is_nothing_changed(run_group: Any, method: str) -> None:
     weights, _ = problem(torch.bfloat16)
     (results,) = solved_by(1, run_group, method, Unstructured(Fraction(0)), torch.bfloat16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from billhook.layerworkers.collective import Counted
-from billhook.layerworkers.methods import METHODS
+from billhook.layerworkers.methods import METHODS, method_named
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import Node, even_ranges, fold, node_count
 from billhook.layerworkers.sharing import Pace
@@ -27,7 +27,7 @@ def moved(
     run_group: Any, workers: int, method: str, pattern: Pattern, pace: Pace, apart: bool = False
 ) -> list[list[int]]:
     """Solve linears with one input, or each with its own; return what each worker moved, exchange by exchange."""
-    table = METHODS[method]
+    table = method_named(method)
     torch.manual_seed(0)
     weights = {name: torch.randn(rows, COLUMNS).bfloat16() for name, rows in ROWS.items()}
     inputs = torch.randn(PARTITIONS, 400, COLUMNS)
@@ -62,7 +62,7 @@ def moved(
 @pytest.mark.parametrize("bytes_per_second", [1e3, float("inf")])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)], ids=str)
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [*METHODS, "wanda+dsnot", "sparsegpt+swaps+refit"])
 def test_predicted_and_measured_bytes_agree(
     run_group: Any,
     method: str,
@@ -74,13 +74,17 @@ def test_predicted_and_measured_bytes_agree(
 ) -> None:
     pace = Pace(exchange_seconds=0.0 if ways == "split" else 1e9, bytes_per_second=bytes_per_second)
     monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 10_000)
-    table = METHODS[method]
+    table = method_named(method)
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     stage = [[matrix] for matrix in matrices] if ways == "apart" else [matrices]
     partitions = PARTITIONS if table.statistic else 0
     predicted = stage_traffic(stage, table, pattern, table.options(), partitions, 16, workers, pace)
     counts = moved(run_group, workers, method, pattern, pace, ways == "apart")
     measured = sum(map(sum, counts))
+    if table.adaptive and workers > 1:  # what is predicted is the most
+        assert measured <= predicted.moved_bytes
+        assert max(map(len, counts)) <= predicted.exchanges
+        return
     assert predicted.moved_bytes == pytest.approx(measured, rel=0.01)
     if workers > 1:
         assert predicted.exchanges == max(map(len, counts))
