@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -30,14 +31,15 @@ class Row:
     method: str
     pattern: str
     sparsity: float | None
-    reference: float
+    reference: float | None = None
+    """Of the method's own published code; None where nobody has run it."""
 
     @property
     def name(self) -> str:
         return f"{self.method} {self.pattern} {self.sparsity or ''}".strip()
 
 
-ROWS = (
+REFERENCES = (
     Row("magnitude", "unstructured", 0.5, 629.9),
     Row("wanda", "unstructured", 0.5, 51.35),
     Row("sparsegpt", "unstructured", 0.5, 42.39),
@@ -49,6 +51,20 @@ ROWS = (
 )
 DENSE = 24.02
 
+METHODS = (
+    *("wanda", "wanda-cumulative", "ria", "sparsegpt", "thanos", "net-trim", "iht", "admm", "alps"),
+    *("wanda+dsnot", "wanda+swaps", "wanda+refit", "wanda+swaps+refit", "sparsegpt+refit", "admm+refit"),
+)
+PATTERNS = (("unstructured", 0.5), ("unstructured", 0.6), ("unstructured", 0.7), ("2:4", None))
+ROWS = (
+    *REFERENCES,
+    *(
+        row
+        for row in (Row(method, pattern, sparsity) for pattern, sparsity in PATTERNS for method in METHODS)
+        if row.name not in {each.name for each in REFERENCES}
+    ),
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,6 +72,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="WikiText-2 raw test split")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--row", help="regex: only rows whose name it is found in")
     parser.add_argument("--resume", action="store_true", help="keep the figures that results/fidelity.json holds")
     arguments = parser.parse_args()
 
@@ -80,7 +97,7 @@ def main() -> None:
             document["dense"] = perplexity(model)
         print(f"dense {document['dense']:.2f} (reference {DENSE})", flush=True)
         for seed in range(arguments.seeds):
-            for row in ROWS:
+            for row in (row for row in ROWS if re.search(arguments.row or "", row.name)):
                 done = figures.setdefault(row.name, {})
                 if str(seed) in done or (row.method == "magnitude" and seed):
                     continue
@@ -100,12 +117,13 @@ def main() -> None:
                     done[str(seed)] = {"perplexity": perplexity(result.output), "seconds": result.seconds}
                 document["rows"] = [_summary(each, figures[each.name]) for each in ROWS if figures.get(each.name)]
                 RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-                print(f"seed {seed}  {row.name:22s} {done[str(seed)]}", flush=True)
+                print(f"seed {seed}  {row.name:34s} {done[str(seed)]}", flush=True)
     for summary in document["rows"]:
-        print(
-            f"{summary['name']:22s} {summary['perplexity']:8.2f}  reference {summary['reference']:7.2f}  "
-            f"{summary['worse']:+7.1%} {'WORSE' if summary['worse'] > 0.02 else 'ok'}  {summary['seconds']:5.1f} s"
-        )
+        beside = ""
+        if summary["reference"] is not None:
+            worse = summary["worse"]
+            beside = f"reference {summary['reference']:7.2f}  {worse:+7.1%} {'WORSE' if worse > 0.02 else 'ok'}"
+        print(f"{summary['name']:34s} {summary['perplexity']:8.2f}  {summary['seconds']:5.1f} s  {beside}")
 
 
 def _summary(row: Row, figures: dict[str, dict[str, float]]) -> dict[str, object]:
@@ -115,7 +133,7 @@ def _summary(row: Row, figures: dict[str, dict[str, float]]) -> dict[str, object
         "seeds": len(figures),
         "perplexity": median,
         "reference": row.reference,
-        "worse": median / row.reference - 1,
+        "worse": None if row.reference is None else median / row.reference - 1,
         "seconds": statistics.median(figure["seconds"] for figure in figures.values()),
     }
 

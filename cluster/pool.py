@@ -27,12 +27,14 @@ from billhook.cluster.session import inherited
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
 from billhook.layerworkers.machine import library_versions, machine_facts
+from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.source import check_source
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
     ModuleTensor,
+    ObserveTask,
     Sample,
     StemTask,
     WindowLoss,
@@ -255,6 +257,11 @@ class WorkerPool:
     ) -> None:
         """Carry all samples through one block; see :meth:`BlockWorker.forward_block`."""
         self._call("forward_block", index, tensors, next_tensors)
+
+    def observe_block(self, task: ObserveTask) -> list[ScoreFacts]:
+        """Look at a dense block's scores; see :meth:`BlockWorker.observe_block`."""
+        facts: list[ScoreFacts] = self._call("observe_block", task)[0]
+        return facts
 
     def losses(self) -> list[WindowLoss]:
         """Return the losses of all samples, in order; see :meth:`BlockWorker.losses`."""

@@ -129,14 +129,16 @@ def _problem(
     reduced = None
     if method.statistic is not None:
         with watch.part("statistics"):
-            reduced = _reduce(method.statistic, columns, together.nodes, task.partitions, group, solvers[0], device)
+            reduced = sum_over_workers(
+                method.statistic, columns, together.nodes, task.partitions, group, solvers[0], device
+            )
     if group.rank not in solvers:
         return None
     solving = group.subgroup(solvers)
     return LinearProblem(reduced, columns, task.partition_rows, solving, device, watch, len(method.forms))
 
 
-def _reduce(
+def sum_over_workers(
     statistic: Statistic,
     columns: int,
     nodes: list[Node],

@@ -134,6 +134,23 @@ class BlockTask:
 
 
 @dataclass(frozen=True)
+class ObserveTask:
+    """One dense block whose scores are looked at."""
+
+    index: int
+    tensors: tuple[ModuleTensor, ...]
+    linears: tuple[tuple[str, str], ...]
+    """Names in the block, and on disk, of the linears that count."""
+    partition_samples: int
+    partitions: int
+    """As of :class:`BlockTask`."""
+    multiple: float
+    """See :func:`billhook.layerworkers.observing.observe_scores`."""
+    next_tensors: tuple[ModuleTensor, ...] = ()
+    """What will be loaded after this block; read while it is computed."""
+
+
+@dataclass(frozen=True)
 class LinearReport:
     """How one linear came out."""
 

@@ -19,6 +19,7 @@ from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, InputError, RunError
 from billhook.layerworkers.fitting import BlockFit
 from billhook.layerworkers.lockstep import run_plain
+from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
@@ -30,6 +31,7 @@ from billhook.layerworkers.tasks import (
     BlockTask,
     LinearReport,
     ModuleTensor,
+    ObserveTask,
     Sample,
     StemTask,
     WindowLoss,
@@ -196,6 +198,32 @@ class BlockWorker:
         run_plain(self._skeleton.blocks[index], self._hidden, self._arguments_of(index))
         self._check_hidden(index)
         self._drop_block(index)
+
+    @torch.inference_mode()
+    def observe_block(self, task: ObserveTask) -> list[ScoreFacts]:
+        """Return what the block's scores are like on these samples, and carry them through it as it is on disk."""
+        disk = self._load(task.tensors)
+        self._reader.begin(task.next_tensors)
+        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
+        facts = observe_scores(
+            block,
+            self._skeleton.facts(task.index).input_groups,
+            dict(task.linears),
+            disk,
+            [sample.index for sample in self._samples],
+            task.partition_samples,
+            task.partitions,
+            task.multiple,
+            self._hidden,
+            arguments,
+            self._device,
+            self._group,
+        )
+        run_plain(block, self._hidden, arguments)
+        self._check_hidden(task.index)
+        disk.clear()
+        self._drop_block(task.index)
+        return facts
 
     def finish_writing(self) -> None:
         """Wait until this worker's share of every pruned block is on the disk.

@@ -1,9 +1,9 @@
 """billhook's Python interface: what must be done, in what order, what is done.
 
-``prune``, ``plan``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same names do
-(``evaluate`` is ``billhook eval``, ``resume`` is ``billhook prune --resume``). They raise :class:`InputError` where the
-command line exits with 2, :class:`RunError` where it exits with 1, and :class:`Interrupted` where it exits with 130.
-They are imported on first use, so that importing this package does not import torch.
+``prune``, ``plan``, ``allocate``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same
+names do (``evaluate`` is ``billhook eval``, ``resume`` is ``billhook prune --resume``). They raise :class:`InputError`
+where the command line exits with 2, :class:`RunError` where it exits with 1, and :class:`Interrupted` where it exits
+with 130. They are imported on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
 
 if TYPE_CHECKING:
+    from billhook.orchestrator.allocating import allocate
+    from billhook.orchestrator.allocation import Allocation
     from billhook.orchestrator.driver import PruneResult, prune, resume
     from billhook.orchestrator.evaluation import Evaluation, evaluate
     from billhook.orchestrator.inspection import Inspection, inspect
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from billhook.orchestrator.verification import Verification, verify
 
 _HOMES = {
+    "allocate": "allocating",
+    "Allocation": "allocation",
     "prune": "driver",
     "resume": "driver",
     "PruneResult": "driver",
@@ -37,6 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Allocation",
     "Evaluation",
     "InputError",
     "Inspection",
@@ -46,6 +51,7 @@ __all__ = [
     "RunError",
     "Status",
     "Verification",
+    "allocate",
     "evaluate",
     "inspect",
     "plan",

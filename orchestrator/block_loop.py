@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
-from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
 from billhook.orchestrator import output as out
-from billhook.orchestrator.calibration import Windows
+from billhook.orchestrator.calibration import Windows, deal_samples
 from billhook.orchestrator.history import History, read_history
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import FOLDER, append
@@ -120,7 +119,9 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
         if plan.resources.address is not None:
             run.report("start", 0, 1, _who(pool.whereabouts, run.plan.workers.count))
         _event(run.output, {"event": "workers", "from_block": len(history.blocks), "nodes": nodes})
-        samples = deal_samples(plan, run.windows)
+        samples = [list[Sample]()] * pool.size
+        if run.windows is not None:
+            samples = deal_samples(run.windows, plan.request.recipe.partition_samples, pool.size)
         pool.start(model.layout.stem, samples)
         if run.windows is not None:
             _carry_on(run, plan, pool, samples, history)
@@ -200,17 +201,6 @@ def _tasks(run: Run, plan: Plan, pool: WorkerPool, first: int, kept: set[int], m
 def _check_asked(interruption: Interruption) -> None:
     if interruption.asked:
         raise Interrupted("ended between two blocks")
-
-
-def deal_samples(plan: Plan, windows: Windows | None) -> list[list[Sample]]:
-    """Give each worker a consecutive range of whole partitions."""
-    if windows is None:
-        return [[] for _ in range(plan.workers.count)]
-    size = plan.request.recipe.partition_samples
-    samples = [Sample(index, tokens) for index, tokens in enumerate(windows.tokens)]
-    return [
-        samples[start * size : stop * size] for start, stop in even_ranges(plan.request.partitions, plan.workers.count)
-    ]
 
 
 def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTensor, ...]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.reduction import even_ranges
+from billhook.layerworkers.tasks import Sample
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.recipe import Recipe
 
@@ -228,3 +230,13 @@ def check_vocabulary(windows: Windows, rows: int, source: str) -> None:
 def _windows(tokens: list[tuple[int, ...]]) -> Windows:
     data = torch.tensor(tokens, dtype=torch.int64).numpy().astype("<i8").tobytes()
     return Windows(tuple(tokens), hashlib.sha256(data).hexdigest())
+
+
+def deal_samples(windows: Windows, partition_samples: int, workers: int) -> list[list[Sample]]:
+    """Give each worker a consecutive range of whole partitions."""
+    samples = [Sample(index, tokens) for index, tokens in enumerate(windows.tokens)]
+    partitions = -(-len(samples) // partition_samples)
+    return [
+        samples[start * partition_samples : stop * partition_samples]
+        for start, stop in even_ranges(partitions, workers)
+    ]

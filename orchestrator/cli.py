@@ -99,14 +99,18 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+_SETTERS = {"options": "--set", "allocation_options": "--set-allocation"}
+"""Flags of the keys that are mappings of names to values."""
+
+
 def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
     field = model.model_fields[name]
     kind, flag = _option_type(field.annotation), f"--{name.replace('_', '-')}"
     text = field.description or ""
     if field.default not in (None, (), PydanticUndefined):
         text += f" [default: {field.default}]"
-    if name == "options":
-        option = typer.Option("--set", metavar="NAME=VALUE", help=text + " May be repeated.")
+    if name in _SETTERS:
+        option = typer.Option(_SETTERS[name], metavar="NAME=VALUE", help=text + " May be repeated.")
     elif _words(field.annotation):
         option = typer.Option(flag, metavar="|".join(["N", *_words(field.annotation)]), help=text)
     elif field.annotation == ByteSize | None:
@@ -140,8 +144,9 @@ def _words(annotation: Any) -> tuple[str, ...]:
 def _given(values: dict[str, Any]) -> RunOptions:
     """Return the options that were given, in the types that the recipe takes."""
     given = {key: value for key, value in values.items() if value is not None and value != []}
-    if "options" in given:
-        given["options"] = dict(_name_and_value(text) for text in given["options"])
+    for key, flag in _SETTERS.items():
+        if key in given:
+            given[key] = dict(_name_and_value(flag, text) for text in given[key])
     for key in ("include", "exclude"):
         if key in given:
             given[key] = tuple(given[key])
@@ -156,10 +161,10 @@ def _given(values: dict[str, Any]) -> RunOptions:
     return typing.cast(RunOptions, given)
 
 
-def _name_and_value(text: str) -> tuple[str, str]:
+def _name_and_value(flag: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"--set {text}: expected NAME=VALUE, as damping=0.01")
+        raise InputError(f"{flag} {text}: expected NAME=VALUE, as damping=0.01")
     return name.strip(), value.strip()
 
 
@@ -260,6 +265,27 @@ def prune_command(
             f"{result.sparsity:.4f}, {result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])} "
             f"(planned {gibibytes(result.planned_bytes['ram'])}, budget {gibibytes(result.budgets.ram)})"
         )
+
+
+@app.command("allocate")
+@ending_with_code
+@with_run_options
+def allocate_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file of the table.")],
+    recipe: RecipeFile = None,
+    json_output: Json = False,
+    *,
+    given: Any,
+) -> None:
+    """Say what each linear would lose, in a file that prune's --allocation reads."""
+    from billhook.orchestrator.allocating import allocate
+    from billhook.orchestrator.printing import allocation_as_text
+    from billhook.orchestrator.progress import shown_progress
+
+    with shown_progress() as progress:
+        made = allocate(model, output, recipe=recipe, progress=progress, **given)
+    print(output.read_text() if json_output else allocation_as_text(made))
 
 
 @app.command("status")

@@ -15,9 +15,10 @@ from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
+from billhook.orchestrator.allocating import allocated, store, windows_of
 from billhook.orchestrator.block_loop import Run, commit_blocks, sparsity_of
 from billhook.orchestrator.budgets import Budgets
-from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary
+from billhook.orchestrator.calibration import Windows
 from billhook.orchestrator.card import model_card
 from billhook.orchestrator.history import History, branch_point, read_history
 from billhook.orchestrator.interruption import Interruption
@@ -130,15 +131,13 @@ def _prune(
     request = make_request(model, recipe)
     checkpoint, blocks = request.model.checkpoint, len(request.model.layout.blocks)
     out.check_free(target, checkpoint)
-    windows = None
-    if request.samples:
-        windows = calibration_windows(request.recipe, checkpoint.folder, request.model.config)
-        check_vocabulary(windows, request.model.layout.stem.embedding.shape[0], str(recipe.calibration))
-    fingerprint = request.fingerprint(windows.sha256 if windows else None)
+    windows = windows_of(request)
     existed = target.is_dir()
     with out.locked(target) as lock:
         history, begun = read_history(target), False
         try:
+            request = allocated(request, resources, windows, target, report)
+            fingerprint = request.fingerprint(windows.sha256 if windows else None)
             branch = branch_point(history, fingerprint, from_block, force, str(target))
             if history.done is not None and branch is None:
                 linears = _reports(history)
@@ -160,6 +159,7 @@ def _prune(
                 append(target, "branch", {"from_block": branch, **decided})
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
             begun = True
+            store(request, windows, target)
             peak = _run(Run(plan, windows, access, target, lock, report, interruption))
             lock.check()
             report("finish", 0, 1, "reading the output for the hashes of its files")
@@ -203,6 +203,8 @@ def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> di
     calibration, scratch = recipe.calibration, resources.scratch
     if calibration not in (None, "random") and user_path(str(calibration)).exists():
         asked["recipe"]["calibration"] = str(user_path(str(calibration)))
+    if user_path(recipe.allocation).is_file():
+        asked["recipe"]["allocation"] = str(user_path(recipe.allocation))
     if scratch is not None:
         asked["resources"]["scratch"] = str(user_path(scratch))
     return asked

@@ -16,13 +16,12 @@ from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import parse_pattern
-from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import HEAD_SLICE_BYTES
 from billhook.orchestrator.budgets import DISK_RESERVE_BYTES, free_disk_bytes, resolve_budgets
 from billhook.orchestrator.calibration import (
     CHARACTERS_PER_TOKEN,
     check_vocabulary,
+    deal_samples,
     default_seqlen,
     evaluation_windows,
     load_tokenizer,
@@ -103,12 +102,11 @@ def evaluate(
     tokenizer = load_tokenizer(model.checkpoint.folder, trust_remote_code)
     content = read_text(str(text), field, windows * length * CHARACTERS_PER_TOKEN if windows else None)
     cut = evaluation_windows(tokenizer, content, length, windows, bos, str(text))
-    samples = [Sample(index, tokens) for index, tokens in enumerate(cut.tokens)]
-    most = resolve_workers(workers, model.device, threads, len(samples))
+    most = resolve_workers(workers, model.device, threads, len(cut.tokens))
     check_gpus(most, model.device, address)
     check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
     parked = user_path(scratch or tempfile.gettempdir())
-    arrangement = _arrange(model, len(samples), length, {"workers": workers, "vram": vram, "ram": ram}, most, parked)
+    arrangement = _arrange(model, len(cut.tokens), length, {"workers": workers, "vram": vram, "ram": ram}, most, parked)
     report = no_progress if progress is None else progress
     count, blocks = arrangement.workers, model.layout.blocks
     setup = model.worker_setup(threads, arrangement.activations, str(parked))
@@ -117,8 +115,7 @@ def evaluate(
         ray_for(wanted, model.device, report) as memory,
         start_pool(setup, reserve_places(wanted, model.device, count, PATIENCE_SECONDS)) as pool,
     ):
-        shares = [samples[start:stop] for start, stop in even_ranges(len(samples), pool.size)]
-        pool.start(model.layout.stem, shares)
+        pool.start(model.layout.stem, deal_samples(cut, 1, pool.size))
         for block in blocks:
             later = blocks[block.index + 1 : block.index + 2] if arrangement.placements[block.index].read_ahead else ()
             pool.forward_block(block.index, block.tensors, later[0].tensors if later else ())

@@ -101,7 +101,7 @@ class Plan:
             blocks[index].tensors,
             blocks[index].others,
             tuple(
-                LinearTask(linear.disk_name, linear.name, request.pattern, recipe.method, options)
+                LinearTask(linear.disk_name, linear.name, request.pattern_of(linear), recipe.method, options)
                 for linear in request.linears[index]
             ),
             recipe.fit,

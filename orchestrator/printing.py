@@ -7,6 +7,7 @@ from typing import Any
 
 from billhook.layerworkers.methods import METHODS, REFINEMENTS, Method, Refinement, method_named
 from billhook.layerworkers.tasks import Placement
+from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation
 from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.placing import Arrangement
@@ -90,7 +91,7 @@ def plan_as_text(plan: Plan) -> str:
         f"           {len(request.model.layout.blocks)} blocks, {gibibytes(request.model.checkpoint.size_bytes)} in "
         f"{len(request.model.checkpoint.shards)} shard(s)",
         f"method     {recipe.method}{f' ({options})' if options else ''}, pattern {request.pattern}, "
-        f"sparsity {float(request.pattern.sparsity):g}",
+        f"sparsity {float(request.pattern.sparsity):g}" + _allocated(request),
         f"prunes     {len(chosen)} linears, {weights:,} weights: {', '.join(_kinds(chosen))}",
         f"leaves     {len(request.skipped)} linears in the blocks"
         + (f": {', '.join(_kinds(list(request.skipped)))}" if request.skipped else ""),
@@ -237,33 +238,61 @@ def inspection_as_text(found: Inspection) -> str:
 
 
 def methods_as_json() -> list[dict[str, Any]]:
-    """Return the table of methods, and of what can follow one."""
-    table: list[Method | Refinement] = [*METHODS.values(), *REFINEMENTS.values()]
+    """Return the tables of methods, of refinements, which can follow one, and of allocators."""
+    solvers: list[Method | Refinement] = [*METHODS.values(), *REFINEMENTS.values()]
     return [
         {
             "name": each.name,
-            "follows": each.name in REFINEMENTS,
+            "kind": "refinement" if each.name in REFINEMENTS else "method",
             "source": each.source,
             "summary": each.summary,
             "statistics": [each.statistic.name] if each.statistic is not None else [],
             "options": {field.name: field.default for field in dataclasses.fields(each.options)},
         }
-        for each in table
+        for each in solvers
+    ] + [
+        {
+            "name": each.name,
+            "kind": "allocator",
+            "source": each.source,
+            "summary": each.summary,
+            "statistics": [each.needs],
+            "options": {field.name: field.default for field in dataclasses.fields(each.options)},
+        }
+        for each in ALLOCATORS.values()
     ]
 
 
+_AS_GIVEN = {"method": "--method {}", "refinement": "--method METHOD+{}", "allocator": "--allocation {}"}
+
+
 def methods_as_text() -> str:
-    """Return the table of methods for a person."""
+    """Return the same tables for a person."""
     blocks = []
-    for method in methods_as_json():
-        options = ", ".join(f"{name}={value}" for name, value in method["options"].items()) or "none"
-        needs = ", ".join(method["statistics"]) or "nothing"
-        blocks.append(
-            f"{'METHOD+' * method['follows']}{method['name']}: {method['summary']}\n"
-            f"  source   {method['source']}\n  needs    {needs}\n"
-            f"  options  {options}"
-        )
+    for row in methods_as_json():
+        lines = [f"{_AS_GIVEN[row['kind']].format(row['name'])}: {row['summary']}"]
+        if row["source"]:
+            lines.append(f"  source   {row['source']}")
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items()) or "none"
+        lines += [f"  needs    {', '.join(row['statistics']) or 'nothing'}", f"  options  {options}"]
+        blocks.append("\n".join(lines))
     return "\n".join(blocks)
+
+
+def _allocated(request: Request) -> str:
+    if request.recipe.allocation == UNIFORM:
+        return ""
+    if request.allocation is None:
+        return f", allocated by {request.recipe.allocation} when it runs: planned as if uniform"
+    shares = [float(request.allocation.sparsity_of(name)) for name in request.allocation.removed]
+    return f", allocated by {request.allocation.name}: {min(shares):.3f} to {max(shares):.3f}"
+
+
+def allocation_as_text(allocation: Allocation) -> str:
+    """Return an allocation for a person: the linears of each kind, in the order of the blocks."""
+    width = max(map(len, allocation.removed))
+    rows = [f"{name:<{width}}  {float(allocation.sparsity_of(name)):8.4f}" for name in allocation.removed]
+    return "\n".join([f"{'linear':<{width}}  sparsity", *rows, f"all together {float(allocation.sparsity):.4f}"])
 
 
 def _kinds(linears: list[Linear]) -> list[str]:

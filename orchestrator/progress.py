@@ -11,6 +11,7 @@ from billhook.orchestrator.workers import Progress
 
 _LABELS = {
     "plan": "plan",
+    "allocate": "allocating",
     "start": "starting",
     "replay": "replaying",
     "prune": "pruning",
@@ -19,6 +20,9 @@ _LABELS = {
     "finish": "finishing",
     "eval": "evaluating",
 }
+
+
+_BY_BLOCK = ("prune", "replay", "eval", "lost", "allocate")
 
 
 @contextmanager
@@ -49,6 +53,4 @@ def _print_line(phase: str, done: int, total: int, message: str) -> None:
 
 
 def _step(phase: str, done: int, total: int) -> str:
-    return (
-        f"{_LABELS[phase]} {f'block {done} of {total}' if phase in ('prune', 'replay', 'eval', 'lost') else ''}".strip()
-    )
+    return f"{_LABELS[phase]} block {done} of {total}" if phase in _BY_BLOCK else _LABELS[phase]

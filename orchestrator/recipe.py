@@ -25,6 +25,13 @@ class Recipe(BaseModel):
     method: str = Field("sparsegpt", description="Pruning method: see 'billhook methods'.")
     sparsity: float | None = Field(None, description="Share of weights to remove, in [0, 1); default 0.5.")
     pattern: str = Field("unstructured", description="'unstructured', or N:M: N weights kept of every M, as 2:4.")
+    allocation: str = Field(
+        "uniform",
+        description="What each linear loses of it: an allocator (see 'billhook methods'), or a file of 'allocate'.",
+    )
+    allocation_options: dict[str, Value] = Field(
+        default_factory=dict, description="The allocator's own options, as spread=0.1."
+    )
     options: dict[str, Value] = Field(default_factory=dict, description="The method's own options, as damping=0.01.")
     calibration: str | None = Field(
         None, description="Text file, JSONL file, Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or 'random'."
@@ -124,6 +131,8 @@ class RunOptions(TypedDict, total=False):
     method: str
     sparsity: float | None
     pattern: str
+    allocation: str
+    allocation_options: dict[str, Value]
     options: dict[str, Value]
     calibration: str | None
     field: str
@@ -217,13 +226,21 @@ def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
     """
     from billhook.layerworkers.methods import method_named
 
-    known_options = method_named(method).options
-    fields = {field.name: field for field in dataclasses.fields(known_options)}
+    return dataclasses.asdict(checked_options("--set", method, method_named(method).options, options))
+
+
+def checked_options(flag: str, owner: str, kind_of_options: type[Any], options: dict[str, Value]) -> Any:
+    """Return the options of a method or allocator, given those that were set by ``flag``.
+
+    Raises:
+        InputError: for an unknown option, or a value of the wrong kind or range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind_of_options)}
     checked: dict[str, Any] = {}
     for key, value in options.items():
         if key not in fields:
             known = f"known are {', '.join(fields)}" if fields else "it has none"
-            raise InputError(f"--set {key}: {method} has no such option{nearest(key, list(fields))}; {known}")
+            raise InputError(f"{flag} {key}: {owner} has no such option{nearest(key, list(fields))}; {known}")
         kind: Any = type(fields[key].default)
         if kind is str:
             checked[key] = str(value)
@@ -231,8 +248,8 @@ def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
         try:
             number = kind(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}") from error
+            raise InputError(f"{flag} {key}={value}: expected a number like {fields[key].default}") from error
         if (kind is int and float(value) != number) or isinstance(value, bool) or not math.isfinite(number):
-            raise InputError(f"--set {key}={value}: expected a number like {fields[key].default}")
+            raise InputError(f"{flag} {key}={value}: expected a number like {fields[key].default}")
         checked[key] = number
-    return dataclasses.asdict(known_options(**checked))
+    return kind_of_options(**checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,24 @@ from typing import Any
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import Method, method_named
-from billhook.layerworkers.patterns import NM, Pattern, parse_pattern
+from billhook.layerworkers.observing import ScoreFacts
+from billhook.layerworkers.patterns import NM, Pattern, Unstructured, parse_pattern
+from billhook.orchestrator.allocation import (
+    ALLOCATORS,
+    UNIFORM,
+    Allocation,
+    Evidence,
+    Matrix,
+    allocated,
+    check_allocator,
+    read_allocation,
+)
+from billhook.orchestrator.allocation.magnitudes import Histogram
 from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, open_model
-from billhook.orchestrator.recipe import Recipe, method_options
+from billhook.orchestrator.paths import user_path
+from billhook.orchestrator.recipe import Recipe, Value, checked_options, method_options
 
 DATA_KEYS = (
     *("field", "samples", "seqlen", "seed", "bos", "fit", "partition_samples"),
@@ -36,11 +50,24 @@ class Request:
     """The linears to prune, by block."""
     skipped: tuple[Linear, ...]
     """Linears in blocks that include and exclude leave dense."""
+    allocation: Allocation | None
+    """None: every linear loses the same share; or what each loses takes more than shapes to say."""
 
     @property
     def method(self) -> Method:
         """The pruning method."""
         return method_named(self.recipe.method)
+
+    def pattern_of(self, linear: Linear) -> Pattern:
+        """Return what one of the linears loses."""
+        if self.allocation is None:
+            return self.pattern
+        return Unstructured(self.allocation.sparsity_of(linear.disk_name))
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether it is known what each linear loses."""
+        return self.allocation is not None or self.recipe.allocation == UNIFORM
 
     @property
     def samples(self) -> int:
@@ -67,6 +94,8 @@ class Request:
         recipe = self.recipe.model_dump(mode="json")
         recipe["options"] = self.options
         recipe["calibration"] = calibration_sha256
+        if self.allocation is not None:
+            recipe["allocation"] = f"{self.allocation.name} {self.allocation.sha256}"
         if not self.samples:
             for key in DATA_KEYS:
                 del recipe[key]
@@ -89,7 +118,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     """
     options = method_options(recipe.method, recipe.options)
     pattern = parse_pattern(recipe.pattern, recipe.sparsity)
-    route_all = recipe.route == "all"
+    asked_sparsity, route_all = recipe.sparsity, recipe.route == "all"
     opened = open_model(
         model, recipe.device, recipe.dtype, recipe.trust_remote_code, weights_needed, device_needed, route_all
     )
@@ -108,7 +137,76 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     )
     chosen, skipped = _choose(opened.layout, recipe, opened.checkpoint.folder)
     _check_widths(chosen, pattern)
-    return Request(opened, recipe, pattern, options, chosen, skipped)
+    allocation = _allocation(recipe, pattern, chosen, asked_sparsity)
+    if allocation is not None and asked_sparsity is None:
+        pattern = Unstructured(allocation.sparsity)
+        recipe = recipe.model_copy(update={"sparsity": float(pattern.sparsity)})
+    return Request(opened, recipe, pattern, options, chosen, skipped, allocation)
+
+
+def _allocation(
+    recipe: Recipe, pattern: Pattern, chosen: tuple[tuple[Linear, ...], ...], asked_sparsity: float | None
+) -> Allocation | None:
+    """Return what each linear loses, where that is not the same share, and can be said from shapes or a file."""
+    if recipe.allocation == UNIFORM:
+        allocator_options(UNIFORM, recipe.allocation_options)
+        return None
+    if isinstance(pattern, NM):
+        raise InputError(
+            f"--allocation {recipe.allocation}: the pattern {pattern} takes the same share of every linear; use it "
+            "with --pattern unstructured"
+        )
+    if user_path(recipe.allocation).is_file():
+        if recipe.allocation_options:
+            raise InputError(f"--set-allocation: the file {recipe.allocation} has no options")
+        found = read_allocation(recipe.allocation, matrices_of(recipe.method, chosen))
+        if asked_sparsity is not None and abs(float(found.sparsity) - asked_sparsity) > 1e-3:
+            raise InputError(
+                f"--sparsity {asked_sparsity} contradicts --allocation {recipe.allocation}, which removes "
+                f"{float(found.sparsity):.4f}; leave --sparsity out"
+            )
+        return found
+    allocator_options(recipe.allocation, recipe.allocation_options)
+    if ALLOCATORS[recipe.allocation].needs != "shapes":
+        return None
+    return allocation_of(recipe, chosen, pattern, None, None)
+
+
+def allocation_of(
+    recipe: Recipe,
+    chosen: tuple[tuple[Linear, ...], ...],
+    pattern: Pattern,
+    histograms: Callable[[], list[Histogram]] | None,
+    scores: Callable[[float], Sequence[Sequence[ScoreFacts]]] | None,
+) -> Allocation:
+    """Return what the recipe's allocator makes of the linears chosen.
+
+    histograms, scores: see :class:`Evidence`; None where the allocator does not need them.
+    """
+
+    def unknown(*_: object) -> Any:
+        raise AssertionError(f"{recipe.allocation} looks at what it does not declare")
+
+    evidence = Evidence(matrices_of(recipe.method, chosen), histograms or unknown, scores or unknown)
+    options = allocator_options(recipe.allocation, recipe.allocation_options)
+    return allocated(recipe.allocation, options, evidence, pattern.sparsity)
+
+
+def matrices_of(method: str, chosen: tuple[tuple[Linear, ...], ...]) -> list[Matrix]:
+    """Return the weights to be pruned, with the steps in which the method takes entries of them."""
+    within_rows = method_named(method).within_rows
+    linears = [linear for block in chosen for linear in block]
+    return [Matrix(linear.disk_name, *linear.shape, linear.shape[0] if within_rows else 1) for linear in linears]
+
+
+def allocator_options(name: str, given: dict[str, Value]) -> Any:
+    """Check an allocator's name and options; return these, defaults included.
+
+    Raises:
+        InputError: for an unknown allocator or option, or a value of the wrong kind or range.
+    """
+    check_allocator(name)
+    return checked_options("--set-allocation", name, ALLOCATORS[name].options, given)
 
 
 def check_context(seqlen: int, config: Any) -> None:

@@ -6,12 +6,14 @@ input; ``select`` chooses entries. Both are collective: every worker that holds 
 in the same order. Products go through ``matmul_by_rows``, so that the bits of a row do not depend on its neighbours.
 
 A refinement is ``refine(dense_RC, solution, problem, pattern, options) -> Solution``, and stands in
-:data:`REFINEMENTS`.
+:data:`REFINEMENTS`. Other packages add to both tables by entry points of the group :data:`PLUGINS`.
 """
 
 from __future__ import annotations
 
 import functools
+from importlib.metadata import entry_points
+from typing import Any
 
 from billhook.layerworkers.errors import InputError, nearest
 from billhook.layerworkers.methods.admm import ADMM
@@ -35,6 +37,24 @@ METHODS: dict[str, Method] = {
 }
 
 REFINEMENTS: dict[str, Refinement] = {each.name: each for each in (DSNOT, SWAPS, REFIT, EXACT_REFIT)}
+
+
+PLUGINS = "billhook.methods"
+"""Group of entry points, each a :class:`Method` or a :class:`Refinement` of another package."""
+
+
+def _add_plugins() -> None:
+    for point in entry_points(group=PLUGINS):
+        found = point.load()
+        if not isinstance(found, Method | Refinement):
+            raise InputError(f"the entry point {point.value} of {PLUGINS} is neither a Method nor a Refinement")
+        table: dict[str, Any] = METHODS if isinstance(found, Method) else REFINEMENTS
+        if found.name in table:
+            raise InputError(f"the entry point {point.value} of {PLUGINS} is called {found.name!r}, as another one is")
+        table[found.name] = found
+
+
+_add_plugins()
 
 
 @functools.cache

@@ -238,6 +238,20 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, r"option seed"),
     ({"options": {"block": float("inf")}}, r"--set block=inf: expected a number"),
     ({"colour": "red"}, r"option 'colour' is unknown"),
+    ({"method": "wanda+refitt"}, r"'refitt' cannot follow a method \(did you mean 'refit'\?\)"),
+    (
+        {"allocation": "owl", "allocation_options": {"spread": 0.6}},
+        r"spread=0\.6: expected a number between 0 and 0\.5",
+    ),
+    ({"allocation": "owl", "allocation_options": {"spred": 0.1}}, r"--set-allocation spred: owl has no such option"),
+    ({"allocation": "erk", "allocation_options": {"spread": 0.1}}, r"--set-allocation spread: .*it has none"),
+    ({"allocation_options": {"spread": 0.1}}, r"--set-allocation spread: uniform has no such option; it has none"),
+    ({"allocation": "erc"}, r"--allocation erc: neither a file nor an allocator \(did you mean 'erk'\?\)"),
+    (
+        {"allocation": "erk", "pattern": "2:4"},
+        r"--allocation erk: the pattern 2:4 takes the same share of every linear",
+    ),
+    ({"method": "admm", "options": {"schedule": "linear"}}, r"schedule=linear: expected 'constant' or 'cubic'"),
     ({"recipe": "no-such-recipe.yaml"}, r"--recipe no-such-recipe\.yaml: cannot be read"),
 ]
 

@@ -1,0 +1,168 @@
+"""What each linear loses: found out from the weights or from a pass of the samples through the dense model.
+
+``billhook allocate`` writes it to a file that ``prune`` reads; ``prune`` finds it out by itself where it is told to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Unpack
+
+from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.observing import ScoreFacts
+from billhook.layerworkers.tasks import ObserveTask
+from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation, read_allocation, write_allocation
+from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
+from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary, deal_samples
+from billhook.orchestrator.journal import FOLDER
+from billhook.orchestrator.paths import user_path
+from billhook.orchestrator.planning import Plan, make_plan
+from billhook.orchestrator.recipe import Resources, RunOptions, read_options
+from billhook.orchestrator.request import Request, allocation_of, make_request, matrices_of
+from billhook.orchestrator.workers import PATIENCE_SECONDS, Progress, no_progress, ray_for, reserve_places, start_pool
+
+STORED = "allocation"
+"""Begin of the names of the files in the run's folder that hold what was found out."""
+
+
+def allocate(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[RunOptions],
+) -> Allocation:
+    """Allocate a model's sparsity to its linears and write the table to the file ``output``.
+
+    model: a folder or a Hugging Face hub id. recipe: a YAML file of options; ``options`` win over it. They are those of
+    :func:`prune`; what compares the entries of each row by themselves removes as many from each.
+
+    Raises:
+        InputError: the request or the input is wrong, or there is something at ``output``; nothing is written.
+        RunError: a worker failed.
+    """
+    asked, resources = read_options(recipe, options)
+    target = user_path(output)
+    if target.exists():
+        raise InputError(f"--output {output}: exists; choose another file")
+    if not target.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {target.parent}")
+    if asked.allocation == UNIFORM:
+        raise InputError("--allocation: say which, as erk; see 'billhook methods'")
+    request = make_request(model, asked)
+    needs_tokens = not request.is_allocated and ALLOCATORS[request.recipe.allocation].needs == "tokens"
+    windows = windows_of(request) if needs_tokens else None
+    report = no_progress if progress is None else progress
+    found = allocated(request, resources, windows, target.parent, report).allocation
+    assert found is not None
+    write_allocation(found, target)
+    return found
+
+
+def windows_of(request: Request) -> Windows | None:
+    """Return the calibration samples; None for a method that needs none.
+
+    Raises:
+        InputError: when there are not so many.
+    """
+    if not request.samples:
+        return None
+    windows = calibration_windows(request.recipe, request.model.checkpoint.folder, request.model.config)
+    vocabulary = request.model.layout.stem.embedding.shape[0]
+    check_vocabulary(windows, vocabulary, str(request.recipe.calibration))
+    return windows
+
+
+def allocated(
+    request: Request,
+    resources: Resources,
+    windows: Windows | None,
+    folder: Path,
+    report: Progress,
+) -> Request:
+    """Return the request with what each linear loses, found out where it is not known yet.
+
+    folder: of the run; what was found out for it by an earlier command is taken from there.
+
+    Raises:
+        InputError: when the allocator needs samples, and the method none.
+        RunError: a worker failed.
+    """
+    if request.is_allocated:
+        return request
+    stored = stored_path(folder, request, windows)
+    if stored.is_file():
+        matrices = matrices_of(request.recipe.method, request.linears)
+        return replace(request, allocation=read_allocation(str(stored), matrices))
+
+    def histograms() -> list[Histogram]:
+        entries = {tensor.entry.name: tensor.entry for block in request.model.layout.blocks for tensor in block.tensors}
+        found = []
+        for number, block in enumerate(request.linears):
+            found += [histogram(entries[linear.disk_name]) for linear in block]
+            report("allocate", number + 1, len(request.linears), "")
+        return found
+
+    def scores(multiple: float) -> list[list[ScoreFacts]]:
+        return dense_scores(make_plan(request, resources, folder), windows, multiple, report)
+
+    if ALLOCATORS[request.recipe.allocation].needs == "tokens" and windows is None:
+        raise InputError(
+            f"--allocation {request.recipe.allocation} looks at calibration samples, which --method "
+            f"{request.recipe.method} does without; choose another of the two"
+        )
+    return replace(
+        request, allocation=allocation_of(request.recipe, request.linears, request.pattern, histograms, scores)
+    )
+
+
+def store(request: Request, windows: Windows | None, output: Path) -> None:
+    """Keep what was found out, for the next command that goes on with the run."""
+    if request.allocation is None or ALLOCATORS.get(request.recipe.allocation) is None:
+        return
+    path = stored_path(output, replace(request, allocation=None), windows)
+    if not path.is_file():
+        write_allocation(request.allocation, path)
+
+
+def stored_path(output: Path, request: Request, windows: Windows | None) -> Path:
+    """Return where what was found out for a request that is not allocated yet is kept."""
+    asked = json.dumps(request.fingerprint(windows.sha256 if windows else None), sort_keys=True)
+    return output / FOLDER / f"{STORED}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+
+
+def dense_scores(plan: Plan, windows: Windows | None, multiple: float, report: Progress) -> list[list[ScoreFacts]]:
+    """Pass the samples through the dense model, on as many workers as the plan has; return each block's scores.
+
+    Raises:
+        RunError: a worker failed.
+    """
+    request, workers = plan.request, plan.workers
+    model, blocks = request.model, request.model.layout.blocks
+    scratch = str(user_path(plan.resources.scratch)) if plan.resources.scratch else ""
+    setup = model.worker_setup(workers.threads, plan.arrangement.activations, scratch)
+    found: list[list[ScoreFacts]] = []
+    with (
+        ray_for(workers, model.device, report),
+        start_pool(setup, reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)) as pool,
+    ):
+        assert windows is not None
+        pool.start(model.layout.stem, deal_samples(windows, request.recipe.partition_samples, pool.size))
+        for block, linears, placement in zip(blocks, request.linears, plan.arrangement.placements, strict=True):
+            later = blocks[block.index + 1 : block.index + 2] if placement.read_ahead else ()
+            task = ObserveTask(
+                block.index,
+                block.tensors,
+                tuple((linear.name, linear.disk_name) for linear in linears),
+                request.recipe.partition_samples,
+                request.partitions,
+                multiple,
+                later[0].tensors if later else (),
+            )
+            found.append(pool.observe_block(task))
+            report("allocate", block.index + 1, len(blocks), "")
+    return found

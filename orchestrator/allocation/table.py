@@ -1,0 +1,137 @@
+"""The table of an allocation: made for a request's linears, written to a file, and read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from billhook.layerworkers.errors import InputError, nearest
+from billhook.orchestrator.allocation.allocators import ALLOCATORS, Evidence
+from billhook.orchestrator.allocation.budget import Matrix, to_budget
+from billhook.orchestrator.paths import user_path
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many entries of each linear are removed."""
+
+    name: str
+    """Of the allocator."""
+    removed: Mapping[str, int]
+    """By the name on disk of the linear's weight."""
+    sizes: Mapping[str, int]
+    """Entries, by the same names."""
+
+    def sparsity_of(self, name: str) -> Fraction:
+        """Return the exact share of a linear that is removed."""
+        return Fraction(self.removed[name], self.sizes[name])
+
+    @property
+    def sparsity(self) -> Fraction:
+        """The share of all linears together."""
+        return Fraction(sum(self.removed.values()), sum(self.sizes.values()))
+
+    @property
+    def sha256(self) -> str:
+        """What tells this allocation from any other."""
+        return hashlib.sha256(json.dumps(sorted(self.removed.items())).encode()).hexdigest()
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    class Share(BaseModel):
+        """One linear."""
+
+        model_config = ConfigDict(extra="forbid")
+        removed: int
+        of: int
+
+    allocation: str
+    sparsity: float
+    linears: dict[str, Share]
+
+
+def allocated(name: str, options: Any, evidence: Evidence, sparsity: Fraction) -> Allocation:
+    """Return what an allocator makes of a model; ``options`` are its own."""
+    counts = to_budget(ALLOCATORS[name].sparsities(evidence, float(sparsity), options), evidence.matrices, sparsity)
+    return Allocation(
+        name,
+        {matrix.name: count for matrix, count in zip(evidence.matrices, counts, strict=True)},
+        {matrix.name: matrix.size for matrix in evidence.matrices},
+    )
+
+
+def check_allocator(name: str) -> None:
+    """Check that there is an allocator of that name.
+
+    Raises:
+        InputError: when there is none.
+    """
+    if name not in ALLOCATORS:
+        raise InputError(
+            f"--allocation {name}: neither a file nor an allocator{nearest(name, list(ALLOCATORS))}; known are "
+            f"{', '.join(ALLOCATORS)}"
+        )
+
+
+def write_allocation(allocation: Allocation, path: Path) -> None:
+    """Write an allocation as JSON, for :func:`read_allocation` and for a person."""
+    document: dict[str, Any] = {
+        "allocation": allocation.name,
+        "sparsity": float(allocation.sparsity),
+        "linears": {
+            name: {"removed": count, "of": allocation.sizes[name]} for name, count in allocation.removed.items()
+        },
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read_allocation(path: str, matrices: Sequence[Matrix]) -> Allocation:
+    """Read the file of an allocation for these matrices.
+
+    Raises:
+        InputError: when it is none, or one for other linears, or asks for what the method cannot remove.
+    """
+    try:
+        found = _File.model_validate_json(user_path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--allocation {path}: cannot be read: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise InputError(
+            f"--allocation {path}: {where or 'the file'}: {problem['msg']}; 'billhook allocate' writes such files"
+        ) from error
+    expected = {matrix.name: matrix for matrix in matrices}
+    for name in [*(expected.keys() - found.linears.keys()), *(found.linears.keys() - expected.keys())]:
+        where = "the file" if name in expected else "what is pruned of the model"
+        raise InputError(
+            f"--allocation {path}: {name} is missing in {where}; make the file with the same model, --include and "
+            "--exclude"
+        )
+    for name, share in found.linears.items():
+        matrix = expected[name]
+        if share.of != matrix.size:
+            raise InputError(
+                f"--allocation {path}: {name} has {matrix.size} entries, not {share.of}; the file is of another model"
+            )
+        if not 0 <= share.removed < matrix.size:
+            raise InputError(f"--allocation {path}: {name}: cannot remove {share.removed} of {matrix.size} entries")
+        if share.removed % matrix.step:
+            raise InputError(
+                f"--allocation {path}: {name}: the method removes as many entries from each of the {matrix.rows} rows, "
+                f"and {share.removed} is no multiple of that; make the file with the same --method"
+            )
+    return Allocation(
+        found.allocation,
+        {matrix.name: found.linears[matrix.name].removed for matrix in matrices},
+        {matrix.name: matrix.size for matrix in matrices},
+    )
