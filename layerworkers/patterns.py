@@ -125,6 +125,8 @@ class Selector:
         Raises:
             RunError: when a score is NaN.
         """
+        if share == 1:
+            return self(score_RC)
         refuse_nan(score_RC)
         wanted = share * self.pattern.sparsity
         if isinstance(self.pattern, NM):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Unpack
 
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.tasks import ObserveTask
 from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation, read_allocation, write_allocation
@@ -19,9 +21,9 @@ from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary, deal_samples
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.paths import user_path
-from billhook.orchestrator.planning import Plan, make_plan
+from billhook.orchestrator.planning import Plan, make_plan, with_workers
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
-from billhook.orchestrator.request import Request, allocation_of, make_request, matrices_of
+from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
 from billhook.orchestrator.workers import PATIENCE_SECONDS, Progress, no_progress, ray_for, reserve_places, start_pool
 
 STORED = "allocation"
@@ -96,8 +98,9 @@ def allocated(
         return request
     stored = stored_path(folder, request, windows)
     if stored.is_file():
-        matrices = matrices_of(request.recipe.method, request.linears)
-        return replace(request, allocation=read_allocation(str(stored), matrices))
+        with suppress(InputError):  # what cannot be read is found out again
+            matrices = matrices_of(request.recipe.method, request.linears)
+            return replace(request, allocation=read_allocation(str(stored), matrices))
 
     def histograms() -> list[Histogram]:
         entries = {tensor.entry.name: tensor.entry for block in request.model.layout.blocks for tensor in block.tensors}
@@ -108,7 +111,8 @@ def allocated(
         return found
 
     def scores(multiple: float) -> list[list[ScoreFacts]]:
-        return dense_scores(make_plan(request, resources, folder), windows, multiple, report)
+        scratch = folder / FOLDER if (folder / FOLDER).is_dir() else None
+        return dense_scores(make_plan(request, resources, folder), windows, multiple, report, scratch)
 
     if ALLOCATORS[request.recipe.allocation].needs == "tokens" and windows is None:
         raise InputError(
@@ -125,32 +129,45 @@ def store(request: Request, windows: Windows | None, output: Path) -> None:
     if request.allocation is None or ALLOCATORS.get(request.recipe.allocation) is None:
         return
     path = stored_path(output, replace(request, allocation=None), windows)
-    if not path.is_file():
-        write_allocation(request.allocation, path)
+    write_allocation(request.allocation, path)
 
 
 def stored_path(output: Path, request: Request, windows: Windows | None) -> Path:
     """Return where what was found out for a request that is not allocated yet is kept."""
-    asked = json.dumps(request.fingerprint(windows.sha256 if windows else None), sort_keys=True)
-    return output / FOLDER / f"{STORED}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    recipe = request.recipe
+    seen = (recipe.partition_samples, recipe.dtype, recipe.device, recipe.route, recipe.threads)
+    made_from = [
+        *(request.model.checkpoint.source().sha256, recipe.allocation, str(request.pattern.sparsity)),
+        asdict(allocator_options(recipe.allocation, recipe.allocation_options)),
+        [astuple(matrix) for matrix in matrices_of(recipe.method, request.linears)],
+        [windows.sha256, *seen] if windows and ALLOCATORS[recipe.allocation].needs == "tokens" else [],
+    ]
+    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    return output / FOLDER / f"{STORED}-{digest[:16]}.json"
 
 
-def dense_scores(plan: Plan, windows: Windows | None, multiple: float, report: Progress) -> list[list[ScoreFacts]]:
+def dense_scores(
+    plan: Plan, windows: Windows | None, multiple: float, report: Progress, scratch: Path | None = None
+) -> list[list[ScoreFacts]]:
     """Pass the samples through the dense model, on as many workers as the plan has; return each block's scores.
+
+    scratch: folder for what memory has no room for, where the request names none; None: the system's.
 
     Raises:
         RunError: a worker failed.
     """
     request, workers = plan.request, plan.workers
     model, blocks = request.model, request.model.layout.blocks
-    scratch = str(user_path(plan.resources.scratch)) if plan.resources.scratch else ""
-    setup = model.worker_setup(workers.threads, plan.arrangement.activations, scratch)
+    assert windows is not None
+    expected = library_versions() | machine_facts(model.device)
     found: list[list[ScoreFacts]] = []
-    with (
-        ray_for(workers, model.device, report),
-        start_pool(setup, reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)) as pool,
-    ):
-        assert windows is not None
+    with ExitStack() as stack:
+        stack.enter_context(ray_for(workers, model.device, report))
+        places = reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)
+        plan = with_workers(plan, places.size)
+        parked = str(user_path(plan.resources.scratch) if plan.resources.scratch else scratch or "")
+        setup = model.worker_setup(workers.threads, plan.arrangement.activations, parked)
+        pool = stack.enter_context(start_pool(setup, places, expected=expected))
         pool.start(model.layout.stem, deal_samples(windows, request.recipe.partition_samples, pool.size))
         for block, linears, placement in zip(blocks, request.linears, plan.arrangement.placements, strict=True):
             later = blocks[block.index + 1 : block.index + 2] if placement.read_ahead else ()

@@ -49,6 +49,8 @@ def model_card(
     )
     lines = [f"- {key}: `{value}`" for key, value in [("method", recipe.method), ("pattern", request.pattern)]]
     lines += [f"- {key}: `{value}`" for key, value in request.options.items()]
+    if request.allocation is not None:
+        lines.append(f"- allocation: `{request.allocation.name}`, one sparsity for each linear or block")
     lines += [f"- sparsity: `{recipe.sparsity}`", f"- compute dtype: `{recipe.dtype}`"]
     lines += [
         f"- from block {each.first_block} on it was at first: "

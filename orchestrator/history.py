@@ -16,6 +16,8 @@ SOLVE_KEYS = frozenset(
         "method",
         "sparsity",
         "pattern",
+        "allocation",
+        "allocation_options",
         "options",
         "fit",
         "route",

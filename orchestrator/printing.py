@@ -283,7 +283,8 @@ def _allocated(request: Request) -> str:
     if request.recipe.allocation == UNIFORM:
         return ""
     if request.allocation is None:
-        return f", allocated by {request.recipe.allocation} when it runs: planned as if uniform"
+        name = request.recipe.allocation
+        return f", allocated by {name} when it runs; planned as if uniform, without the reading that it takes"
     shares = [float(request.allocation.sparsity_of(name)) for name in request.allocation.removed]
     return f", allocated by {request.allocation.name}: {min(shares):.3f} to {max(shares):.3f}"
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from billhook.layerworkers.errors import InputError, nearest
+from billhook.orchestrator.paths import user_path
 
 Value = bool | int | float | str
 
@@ -193,15 +194,20 @@ def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Rec
 def merged_options(before: Mapping[str, Any], given: RunOptions) -> RunOptions:
     """Return the options of a run that is gone on with: ``given`` ones win over those of ``before``.
 
-    Of the method's own options the given ones are replaced; another method begins with its defaults, and another
-    pattern with its own sparsity.
+    Of the method's and the allocator's own options the given ones are replaced; another method or allocator begins with
+    its defaults, and another pattern or file of an allocation with its own sparsity.
     """
     merged = {**before, **given}
     if given.get("method", before["method"]) == before["method"]:
         merged["options"] = {**before["options"], **given.get("options", {})}
     else:
         merged["options"] = given.get("options", {})
-    if "pattern" in given and "sparsity" not in given:
+    if given.get("allocation", before["allocation"]) == before["allocation"]:
+        merged["allocation_options"] = {**before["allocation_options"], **given.get("allocation_options", {})}
+    else:
+        merged["allocation_options"] = given.get("allocation_options", {})
+    by_file = "allocation" in given and user_path(given["allocation"]).is_file()
+    if ("pattern" in given or by_file) and "sparsity" not in given:
         merged["sparsity"] = None
     return cast(RunOptions, merged)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,10 @@ class Request:
         """Return everything that the bytes of the output depend on, as plain JSON values."""
         recipe = self.recipe.model_dump(mode="json")
         recipe["options"] = self.options
+        recipe["allocation_options"] = {}
+        if self.recipe.allocation in ALLOCATORS:
+            options = allocator_options(self.recipe.allocation, self.recipe.allocation_options)
+            recipe["allocation_options"] = dataclasses.asdict(options)
         recipe["calibration"] = calibration_sha256
         if self.allocation is not None:
             recipe["allocation"] = f"{self.allocation.name} {self.allocation.sha256}"

@@ -45,7 +45,10 @@ PLUGINS = "billhook.methods"
 
 def _add_plugins() -> None:
     for point in entry_points(group=PLUGINS):
-        found = point.load()
+        try:
+            found = point.load()
+        except Exception as error:  # whatever another package does when it is imported
+            raise InputError(f"the entry point {point.value} of {PLUGINS} cannot be loaded: {error}") from error
         if not isinstance(found, Method | Refinement):
             raise InputError(f"the entry point {point.value} of {PLUGINS} is neither a Method nor a Refinement")
         table: dict[str, Any] = METHODS if isinstance(found, Method) else REFINEMENTS

@@ -53,7 +53,7 @@ def chain(first: Method, refinements: Sequence[Refinement]) -> Method:
         extra_bytes=lambda rows, columns: (
             4 * rows * columns
             + sum(part.extra_bytes(rows, columns) for part in parts)
-            + 4 * columns**2 * (len(forms) - 1)
+            + 4 * columns**2 * max(0, len(forms) - 1)
         ),
         forms=forms,
     )

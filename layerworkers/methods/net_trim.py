@@ -110,6 +110,6 @@ NET_TRIM = Method(
     launches=lambda columns, options: 30 * options.iterations + 20 * options.refit_steps,
     factor_flops=lambda columns: 9.0 * columns**3,
     shared=spectral_load,
-    extra_bytes=lambda rows, columns: 28 * columns**2 + 60 * rows * columns,
+    extra_bytes=lambda rows, columns: 36 * columns**2 + 60 * rows * columns,
     forms=frozenset({"spectral"}),
 )

@@ -114,6 +114,6 @@ EXACT_REFIT = Refinement(
     launches=lambda columns, options: 10,
     factor_flops=lambda columns: 0.0,
     shared=ridged_load,
-    extra_bytes=lambda rows, columns: 16 * columns**2 + 30 * rows * columns,
+    extra_bytes=lambda rows, columns: 32 * columns**2 + 30 * rows * columns,
     forms=frozenset({"ridged"}),
 )

@@ -12,7 +12,7 @@ import numpy as np
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator.allocation.budget import Matrix
-from billhook.orchestrator.allocation.magnitudes import LEVELS, Histogram
+from billhook.orchestrator.allocation.magnitudes import Histogram
 
 UNIFORM = "uniform"
 
@@ -103,8 +103,8 @@ def erk(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
 
 def global_magnitude(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
     """Return the shares of each matrix that lie below one threshold of ``|W|`` for all of them."""
-    counts = np.stack([each.counts for each in evidence.histograms()])
-    return _below(counts, np.tile(np.arange(LEVELS, dtype=np.float64), (len(counts), 1)), sparsity)
+    found = evidence.histograms()
+    return _below([each.counts for each in found], [each.squares for each in found], sparsity)
 
 
 def lamp(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
@@ -113,17 +113,16 @@ def lamp(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]
     Entries of a matrix that are alike in magnitude have the score of the first of them.
     """
     found = evidence.histograms()
-    counts = np.stack([each.counts for each in found])
-    scores = np.zeros(counts.shape)
-    for own, each in zip(scores, found, strict=True):
+    scores = []
+    for each in found:
         tails = np.cumsum((each.counts * each.squares)[::-1])[::-1]
-        np.divide(each.squares, tails, out=own, where=tails > 0)
-    return _below(counts, scores, sparsity)
+        scores.append(np.divide(each.squares, tails, out=np.zeros_like(tails), where=tails > 0))
+    return _below([each.counts for each in found], scores, sparsity)
 
 
 def owl(evidence: Evidence, sparsity: float, options: OwlOptions) -> list[float]:
     """Return sparsities by OWL: blocks in which more scores are outliers stay denser."""
-    blocks = evidence.scores(options.outlier)
+    blocks = [block for block in evidence.scores(options.outlier) if block]
     shares = [sum(each.above for each in block) / max(1, sum(each.entries for each in block)) for block in blocks]
     return _of_blocks(blocks, evidence, spread_out(shares, sparsity, options.spread))
 
@@ -133,7 +132,7 @@ def dlp(evidence: Evidence, sparsity: float, options: DlpOptions) -> list[float]
 
     The authors' code takes the mean for unstructured patterns; their paper says the median.
     """
-    blocks = evidence.scores(1.0)
+    blocks = [block for block in evidence.scores(1.0) if block]
     means = [math.fsum(each.total for each in block) / max(1, sum(each.entries for each in block)) for block in blocks]
     whole = math.fsum(means) or 1.0
     return _of_blocks(blocks, evidence, spread_out([1 - mean / whole for mean in means], sparsity, options.spread))
@@ -158,22 +157,21 @@ def _of_blocks(blocks: Sequence[Sequence[ScoreFacts]], evidence: Evidence, spars
     return [by_name[matrix.name] for matrix in evidence.matrices]
 
 
-def _below(counts: np.ndarray, scores: np.ndarray, sparsity: float) -> list[float]:
-    """Return each row's share of counts that belong to the smallest scores, of which there are as many as asked.
+def _below(counts: Sequence[np.ndarray], scores: Sequence[np.ndarray], sparsity: float) -> list[float]:
+    """Return each matrix's share of counts that belong to the smallest scores, of which there are as many as asked.
 
-    counts, scores: [matrices, levels]; what the last score taken has too many is divided by their numbers.
+    counts, scores: of each matrix, by its levels. What the last score taken has too many is divided by their numbers.
     """
-    filled = counts > 0
-    order = np.argsort(scores[filled], kind="stable")
-    running = np.cumsum(counts[filled][order])
+    all_counts, all_scores = np.concatenate(counts), np.concatenate(scores)
+    order = np.argsort(all_scores, kind="stable")
+    running = np.cumsum(all_counts[order])
     wanted = int(sparsity * running[-1])
-    last = int(np.searchsorted(running, wanted))
-    threshold = scores[filled][order][last] if wanted else -1.0
-    below = (counts * (scores < threshold)).sum(axis=1).astype(np.float64)
-    tied = (counts * (scores == threshold)).sum(axis=1)
+    threshold = all_scores[order[np.searchsorted(running, wanted)]] if wanted else -1.0
+    below = np.array([float(n[score < threshold].sum()) for n, score in zip(counts, scores, strict=True)])
+    tied = np.array([float(n[score == threshold].sum()) for n, score in zip(counts, scores, strict=True)])
     if tied.sum():
         below += tied * ((wanted - below.sum()) / tied.sum())
-    return [float(share) for share in below / counts.sum(axis=1)]
+    return [float(share / n.sum()) for share, n in zip(below, counts, strict=True)]
 
 
 ALLOCATORS: dict[str, Allocator] = {

@@ -91,7 +91,9 @@ def write_allocation(allocation: Allocation, path: Path) -> None:
             name: {"removed": count, "of": allocation.sizes[name]} for name, count in allocation.removed.items()
         },
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def read_allocation(path: str, matrices: Sequence[Matrix]) -> Allocation:

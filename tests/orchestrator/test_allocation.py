@@ -20,6 +20,7 @@ from billhook.orchestrator import InputError, allocate, prune, verify
 from billhook.orchestrator.allocation import ALLOCATORS, Evidence, Matrix, read_allocation, to_budget
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
 from billhook.orchestrator.checkpoint import open_file
+from billhook.orchestrator.recipe import merged_options, read_options
 
 SHAPES = [(64, 64), (16, 64), (16, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
 MATRICES = [Matrix(str(number), *shape) for number, shape in enumerate(SHAPES)]
@@ -85,10 +86,8 @@ def test_erk_densities_go_with_the_sum_of_the_sides_over_the_product() -> None:
 
 
 def of(*values: float) -> Histogram:
-    counts = np.zeros(1 << 15, dtype=np.int64)
-    for value in values:
-        counts[int(torch.tensor(value).bfloat16().view(torch.int16)) & 0x7FFF] += 1
-    return Histogram(counts)
+    levels, counts = np.unique(np.square(values), return_counts=True)
+    return Histogram(levels, counts)
 
 
 def test_global_magnitude_is_one_threshold() -> None:
@@ -150,6 +149,13 @@ def test_owl_spreads_blocks_by_their_outliers() -> None:
     assert shares("owl", matrices, 0.7, scores=blocks_of(0.01, 0.05, 0.03), spread=0.0) == pytest.approx([0.7] * 6)
 
 
+def test_blocks_of_which_nothing_is_pruned_do_not_count() -> None:
+    matrices = [Matrix(f"{number}.{name}", 10, 100) for number in range(2) for name in "ab"]
+    for name in ("owl", "dlp"):
+        scores = blocks_of(0.01, 0.05)
+        assert shares(name, matrices, 0.7, scores=[[], *scores, []]) == shares(name, matrices, 0.7, scores=scores)
+
+
 def test_dlp_makes_the_block_with_the_largest_scores_the_sparsest() -> None:
     matrices = [Matrix(f"{number}.{name}", 10, 100) for number in range(3) for name in "ab"]
     scores = [blocks_of(0.0, total=total)[0] for total in (100.0, 400.0, 200.0)]
@@ -169,7 +175,6 @@ def test_scores_are_those_of_the_dense_model(
 
     from billhook.orchestrator.allocating import dense_scores, windows_of
     from billhook.orchestrator.planning import make_plan
-    from billhook.orchestrator.recipe import read_options
     from billhook.orchestrator.request import make_request
 
     options: Any = {"method": "wanda", "calibration": str(text_file), "samples": 6, "seqlen": 32, "dtype": "float32"}
@@ -232,6 +237,25 @@ def test_a_run_by_owl_passes_the_dense_model_once_and_goes_on_with_what_it_found
     again = prune(llama, tmp_path / "out", progress=progress, **options)
     assert again.already_finished
     assert "allocate" not in steps
+    (stored,) = (tmp_path / "out" / "billhook").glob("allocation-*.json")
+    stored.write_text(stored.read_text()[:100])
+    assert prune(llama, tmp_path / "out", progress=progress, **options).already_finished
+    assert steps.count("allocate") == 3, "what cannot be read is found out again"
+
+
+def test_going_on_with_another_allocation_begins_with_its_defaults(tmp_path: Path) -> None:
+    recipe, resources = read_options(
+        None, {"allocation": "owl", "allocation_options": {"outlier": 7.0}, "sparsity": 0.7}
+    )
+    before = recipe.model_dump(mode="json") | resources.model_dump(mode="json")
+    assert merged_options(before, {"allocation": "dlp"})["allocation_options"] == {}
+    assert merged_options(before, {"allocation_options": {"spread": 0.1}})["allocation_options"] == {
+        "outlier": 7.0,
+        "spread": 0.1,
+    }
+    (tmp_path / "table.json").write_text("{}")
+    assert merged_options(before, {"allocation": str(tmp_path / "table.json")})["sparsity"] is None
+    assert merged_options(before, {"allocation": "erk"})["sparsity"] == 0.7
 
 
 def test_what_looks_at_samples_goes_with_methods_that_have_them(llama: Path, tmp_path: Path) -> None:
