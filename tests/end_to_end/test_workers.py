@@ -22,8 +22,8 @@ from billhook.cluster.scribe import Scribe
 from billhook.cluster.session import marked_processes
 from billhook.orchestrator import RunError, prune, status
 from billhook.orchestrator import output as out
-from billhook.orchestrator.block_loop import deal_samples, sparsity_of
-from billhook.orchestrator.calibration import calibration_windows
+from billhook.orchestrator.block_loop import sparsity_of
+from billhook.orchestrator.calibration import calibration_windows, deal_samples
 from billhook.orchestrator.journal import read_journal
 from billhook.orchestrator.model import open_model
 from billhook.orchestrator.planning import make_plan, with_workers
@@ -93,7 +93,7 @@ def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
                 output = tmp_path / f"{workers}-{method}-{pattern}"
                 output.mkdir()
                 out.create_shards(output, model.checkpoint)
-                running.start(model.layout.stem, deal_samples(plan, windows))
+                running.start(model.layout.stem, deal_samples(windows, plan.request.recipe.partition_samples, workers))
                 done = list(running.prune_blocks(plan.task(block.index, output) for block in model.layout.blocks))
                 assert sparsity_of(done[0].linears) == pytest.approx(0.5, abs=0.01)
                 for shard in output.glob("*.part"):

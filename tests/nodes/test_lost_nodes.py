@@ -11,7 +11,7 @@ Lab = Any
 
 PHASES = {
     "forward": ("Accumulator.add", 50),
-    "reduce": ("_reduce", 6),
+    "reduce": ("sum_over_workers", 6),
     "solve": ("_solve_share", 10),
     "gather": ("_gather_", 10),
     "write": ("RemoteFiles.write", 7),
@@ -37,7 +37,7 @@ def test_a_node_that_loses_its_power_is_replaced(lab: Lab, expected: dict[str, b
 def test_the_run_goes_on_with_the_node_that_is_left(lab: Lab, expected: dict[str, bytes]) -> None:
     lab.power_off("three")
     output = lab.disk / "one-left"
-    lab.prune_disturbed(output, "2", ("worker", "_reduce", 6, "freeze"), lab.power_off)
+    lab.prune_disturbed(output, "2", ("worker", "sum_over_workers", 6, "freeze"), lab.power_off)
     assert lab.contents(output) == expected
     assert [len(nodes) for nodes in lab.pools(output)] == [2, 1]
 

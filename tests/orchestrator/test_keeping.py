@@ -19,7 +19,10 @@ def test_keeping_never_takes_more_than_its_share(block_seconds: float) -> None:
     assert 0.5 / every <= MAX_SHARE * block_seconds
 
 
-BEFORE = {"method": "sparsegpt", "options": {"damping": 0.02}, "pattern": "unstructured", "sparsity": 0.6, "seed": 1}
+BEFORE = {
+    **{"method": "sparsegpt", "options": {"damping": 0.02}, "pattern": "unstructured", "sparsity": 0.6, "seed": 1},
+    **{"allocation": "uniform", "allocation_options": {}},
+}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ OS_POINTS = ("preadv", "pwrite", "fsync", "rename", "unlink")
 
 MODULE_POINTS = {
     "billhook.layerworkers.statistics": ("Accumulator.add",),
-    "billhook.layerworkers.solving": ("solve_stage", "_reduce", "_solve_share", "_gather_"),
+    "billhook.layerworkers.solving": ("solve_stage", "sum_over_workers", "_solve_share", "_gather_"),
     "billhook.cluster.scribe": ("RemoteFiles.write",),
     "billhook.orchestrator.journal": ("append",),
     "billhook.orchestrator.output": ("sha256_of",),
