@@ -17,16 +17,16 @@ class Attendance:
     def __init__(self) -> None:
         self._synced: dict[int, int] = defaultdict(int)
         self._more_synced = asyncio.Condition()
-        self._heard: dict[int, float] = {}
+        self._heard: dict[int, tuple[float, str]] = {}
 
-    async def beat(self, rank: int) -> None:
-        """Note that ``rank`` is alive."""
-        self._heard[rank] = time.monotonic()
+    async def beat(self, rank: int, doing: str) -> None:
+        """Note that ``rank`` is alive, and what it does."""
+        self._heard[rank] = time.monotonic(), doing
 
-    async def silent(self, seconds: float) -> list[int]:
-        """Return the ranks that were heard of, but not within the last ``seconds``."""
+    async def heard(self) -> dict[int, tuple[float, str]]:
+        """Return, of each rank that was ever heard of, how many seconds ago it was, and what it did."""
         now = time.monotonic()
-        return [rank for rank, at in self._heard.items() if now - at > seconds]
+        return {rank: (now - at, doing) for rank, (at, doing) in sorted(self._heard.items())}
 
     async def synced(self, block: int) -> None:
         """Note that one more worker has its share of ``block`` on the disk."""

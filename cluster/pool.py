@@ -66,6 +66,9 @@ LOG_BYTES = 2000
 Deadline = Callable[[], float | None]
 """Returns the monotonic time at which calls are abandoned; None: never."""
 
+Heard = Callable[[Mapping[int, tuple[float, str]]], None]
+"""Told, while a call goes on, how many seconds ago each rank was heard of, and what it did then."""
+
 
 @dataclass(frozen=True)
 class Whereabouts:
@@ -92,10 +95,16 @@ class WorkerActor:
 
     def __init__(self, setup: WorkerSetup, attendance: Any, rank: int):
         self._setup, self._attendance, self._rank = setup, attendance, rank
+        self._is_called = False
         self._sees_output = _sees(setup.output)
         self._inbox = Inbox()
         self._lines = Lines(self._inbox.put_parts, self._inbox.lose)
-        threading.Thread(target=_beat, args=(attendance, rank), name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            self._attendance.beat.remote(self._rank, self._worker.doing if self._is_called else "idle")
+            time.sleep(BEAT_SECONDS)
 
     @ray.method(concurrency_group="mail")
     def post(self, key: Key, references: list[Any], *body: bytes) -> None:
@@ -130,8 +139,12 @@ class WorkerActor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker."""
-        result = getattr(self._worker, method)(*arguments)
-        self._group.settle()  # a message that is lost would be waited for for ever
+        self._is_called = True
+        try:
+            result = getattr(self._worker, method)(*arguments)
+            self._group.settle()  # a message that is lost would be waited for for ever
+        finally:
+            self._is_called = False
         return result
 
 
@@ -143,18 +156,13 @@ def _sees(output: OutputAccess | None) -> bool:
         return False
 
 
-def _beat(attendance: Any, rank: int) -> None:
-    while True:
-        attendance.beat.remote(rank)
-        time.sleep(BEAT_SECONDS)
-
-
 class WorkerPool:
     """Workers that make the same calls together; a context manager that ends them.
 
     places: for one worker each; given back when the pool is closed.
     deadline: asked again and again; once the time that it returns has come, the call in progress is abandoned.
     expected: what of machine and libraries the output is recorded to depend on; None where it does not matter.
+    heard: listens to the workers' heartbeats.
 
     Raises (all calls):
         Interrupted: when the deadline has passed.
@@ -170,8 +178,9 @@ class WorkerPool:
         places: Reservation,
         deadline: Deadline = lambda: None,
         expected: Mapping[str, str] | None = None,
+        heard: Heard = lambda beats: None,
     ):
-        self._deadline, self._asked_at = deadline, time.monotonic()
+        self._deadline, self._asked_at, self._heard = deadline, time.monotonic(), heard
         self._places = places
         self.size = places.size
         self.whereabouts: list[Whereabouts] = []
@@ -339,11 +348,13 @@ class WorkerPool:
             return
         self._asked_at = time.monotonic()
         try:
-            silent = ray.get(self._attendance.silent.remote(SILENT_SECONDS), timeout=SILENT_SECONDS)
+            beats = ray.get(self._attendance.heard.remote(), timeout=SILENT_SECONDS)
         except RayError as error:
             raise BlockLostError(f"nobody tells which workers are alive: {error}") from error
-        if silent:
-            raise self._lost(silent[0], f"was not heard of for {SILENT_SECONDS:g} s")
+        for rank, (seconds, _) in beats.items():
+            if seconds > SILENT_SECONDS:
+                raise self._lost(rank, f"was not heard of for {SILENT_SECONDS:g} s")
+        self._heard(beats)
 
     def _check(self, call: Any, calls: Sequence[Any]) -> None:
         """Raise the failure of one of ``calls`` (by rank) that is done, if it failed, as one of ours."""
@@ -409,7 +420,13 @@ class WorkerPool:
 
 def _of_all(reports: list[BlockReport]) -> BlockReport:
     slowest = max(reports, key=lambda report: report.seconds)
-    return dataclasses.replace(slowest, moved_bytes=sum(report.moved_bytes for report in reports))
+    return dataclasses.replace(
+        slowest,
+        moved_bytes=sum(report.moved_bytes for report in reports),
+        vram_bytes=max(report.vram_bytes for report in reports),
+        scratch_bytes=sum(report.scratch_bytes for report in reports),
+        worker_seconds=tuple(report.seconds for report in reports),
+    )
 
 
 def _check_alike(

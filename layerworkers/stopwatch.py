@@ -30,6 +30,11 @@ class Stopwatch:
         finally:
             self._turn_to(outer)
 
+    @property
+    def current(self) -> str:
+        """The part that the time now belongs to."""
+        return self._part
+
     def read(self) -> dict[str, float]:
         """Return the seconds by part, and begin again."""
         self._turn_to(self._part)

@@ -189,6 +189,12 @@ class BlockReport:
     """What that worker spent them on: see :mod:`billhook.layerworkers.stopwatch`."""
     moved_bytes: int = 0
     """What the workers moved to each other, all together: see :class:`billhook.layerworkers.collective.Counted`."""
+    vram_bytes: int = 0
+    """The most that torch has held on a worker's GPU so far."""
+    scratch_bytes: int = 0
+    """The most that the workers have had in their scratch files so far, together."""
+    worker_seconds: tuple[float, ...] = ()
+    """``seconds`` of each worker, by rank."""
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,8 @@ class BlockWorker:
             time.monotonic() - begin,
             self._watch.read(),
             self._moved_bytes,
+            self.peak_vram_bytes(),
+            self.scratch_bytes(),
         )
 
     def forward_block(
@@ -252,6 +254,11 @@ class BlockWorker:
                 sums.append(float(functional.cross_entropy(part.float(), wanted, reduction="sum")))
             results.append(WindowLoss(sample.index, math.fsum(sums) / len(targets), len(targets)))
         return results
+
+    @property
+    def doing(self) -> str:
+        """What it spends its time on at the moment: one of :data:`billhook.layerworkers.stopwatch.PARTS`."""
+        return self._watch.current
 
     def peak_vram_bytes(self) -> int:
         """Return the most memory that torch has held on this worker's GPU; 0 on a CPU."""

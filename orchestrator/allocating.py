@@ -19,12 +19,13 @@ from billhook.layerworkers.tasks import ObserveTask
 from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation, read_allocation, write_allocation
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary, deal_samples
+from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, make_plan, with_workers
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
-from billhook.orchestrator.workers import PATIENCE_SECONDS, Progress, no_progress, ray_for, reserve_places, start_pool
+from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
 STORED = "allocation"
 """Begin of the names of the files in the run's folder that hold what was found out."""
@@ -107,7 +108,7 @@ def allocated(
         found = []
         for number, block in enumerate(request.linears):
             found += [histogram(entries[linear.disk_name]) for linear in block]
-            report("allocate", number + 1, len(request.linears), "")
+            report(Step("allocate", number + 1, len(request.linears), ""))
         return found
 
     def scores(multiple: float) -> list[list[ScoreFacts]]:
@@ -181,5 +182,5 @@ def dense_scores(
                 later[0].tensors if later else (),
             )
             found.append(pool.observe_block(task))
-            report("allocate", block.index + 1, len(blocks), "")
+            report(Step("allocate", block.index + 1, len(blocks), ""))
     return found

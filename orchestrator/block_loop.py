@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
-from billhook.layerworkers.tasks import BlockReport, BlockTask, LinearReport, ModuleTensor, Sample
+from billhook.layerworkers.tasks import BlockReport, BlockTask, ModuleTensor, Sample
 from billhook.orchestrator import output as out
 from billhook.orchestrator.calibration import Windows, deal_samples
+from billhook.orchestrator.events import Beat, BlockDone, BlockLost, Progress, Step, WorkersStarted
 from billhook.orchestrator.history import History, read_history
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import FOLDER, append
 from billhook.orchestrator.keeping import create_kept, find_kept, kept_size_bytes, remove_kept
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, with_workers
-from billhook.orchestrator.workers import PATIENCE_SECONDS, Progress, ray_for, reserve_places, start_pool
+from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
 if TYPE_CHECKING:
     from billhook.cluster.memory import PeakMemory
@@ -89,7 +88,7 @@ def commit_blocks(run: Run) -> dict[str, int]:
                         "The same command goes on from there"
                     ) from error
                 append(run.output, "lost", {"index": block, "message": str(error)})
-                run.report("lost", block, run.blocks, f"{error}; trying again")
+                run.report(BlockLost(block, run.blocks, lost[block], str(error)))
                 wanted = size
             patience = RESTART_PATIENCE_SECONDS
         _check_asked(run.interruption)
@@ -111,14 +110,19 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
     kept_bytes, kept = 0, set[int]()
     if history.kept_inputs is not None:
         kept.add(history.kept_inputs)
+
+    def heard(beats: Mapping[int, tuple[float, str]]) -> None:
+        doing, silent = tuple(doing for _, doing in beats.values()), tuple(seconds for seconds, _ in beats.values())
+        run.report(Beat(doing, silent, memory.peak_bytes))
+
     with (
-        start_pool(setup, places, run.interruption.deadline, expected) as pool,
+        start_pool(setup, places, run.interruption.deadline, expected, heard) as pool,
         run.interruption.polled(),
     ):
-        nodes = [where.address for where in pool.whereabouts]
         if plan.resources.address is not None:
-            run.report("start", 0, 1, _who(pool.whereabouts, run.plan.workers.count))
-        _event(run.output, {"event": "workers", "from_block": len(history.blocks), "nodes": nodes})
+            run.report(Step("start", 0, 1, _who(pool.whereabouts, run.plan.workers.count)))
+        nodes, hosts = zip(*((where.address, where.host) for where in pool.whereabouts), strict=True)
+        run.report(WorkersStarted(len(history.blocks), nodes, hosts))
         samples = [list[Sample]()] * pool.size
         if run.windows is not None:
             samples = deal_samples(run.windows, plan.request.recipe.partition_samples, pool.size)
@@ -135,15 +139,8 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
             if keeps:
                 kept_bytes = max(kept_bytes, kept_size_bytes(run.output))
                 remove_kept(run.output, before=done.index + 1)
-            timed = {
-                "began": done.began,
-                "seconds": done.seconds,
-                "parts_seconds": dict(done.parts_seconds),
-                "moved_bytes": done.moved_bytes,
-                "ram": memory.peak_bytes,
-            }
-            _event(run.output, {"event": "block", "index": done.index, **timed})
-            run.report("prune", done.index + 1, run.blocks, _describe(done))
+            peak = {"ram": memory.peak_bytes, "disk": out.size_bytes(run.output)}
+            run.report(_told(done, plan, peak, keeps))
         return {"vram": pool.peak_vram_bytes(), "ram": 0, "disk": pool.scratch_bytes() + kept_bytes}
 
 
@@ -174,7 +171,7 @@ def _carry_on(run: Run, plan: Plan, pool: WorkerPool, samples: list[list[Sample]
         later = blocks[block.index + 1 : committed][:1] if ahead else ()
         tensors = [_in_output(each.tensors, run.output) for each in (block, *later)]
         pool.forward_block(block.index, *tensors)
-        run.report("replay", block.index + 1, len(blocks), "")
+        run.report(Step("replay", block.index + 1, len(blocks), ""))
 
 
 def _tasks(run: Run, plan: Plan, pool: WorkerPool, first: int, kept: set[int], may_grow: bool) -> Iterator[BlockTask]:
@@ -213,26 +210,26 @@ def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTen
     )
 
 
-def sparsity_of(linears: Sequence[LinearReport]) -> float:
-    """Return zeros over elements of the linears pruned."""
-    elements = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    return sum(linear.zeros for linear in linears) / elements if elements else 0.0
-
-
-def _describe(done: BlockReport) -> str:
-    if not done.linears:
-        return f"nothing to prune, {done.seconds:.1f} s"
-    worst = max(done.linears, key=lambda linear: linear.error)
-    raised = [linear.name for linear in done.linears if len(linear.dampings) > 1]
-    notes = f", damping raised for {', '.join(raised)}" if raised else ""
-    if starved := [linear for linear in done.linears if linear.fallback]:
-        notes += f", {len(starved)} linears of experts that few tokens are sent to: {starved[0].fallback}"
-    return (
-        f"sparsity {sparsity_of(done.linears):.4f}, largest error {worst.error:.4f} ({worst.name}), "
-        f"{done.seconds:.1f} s{notes}"
+def _told(done: BlockReport, plan: Plan, peak_bytes: Mapping[str, int], keeps: bool) -> BlockDone:
+    """Return what is told of a block. peak_bytes: of RAM, and of the disk but for scratch files."""
+    recipe, block = plan.request.recipe, plan.request.model.layout.blocks[done.index]
+    read = sum(tensor.entry.size_bytes for tensor in block.tensors)
+    return BlockDone(
+        done.index,
+        len(plan.request.model.layout.blocks),
+        done.began,
+        done.seconds,
+        done.parts_seconds,
+        done.worker_seconds,
+        plan.request.samples * (recipe.seqlen or 0),
+        done.moved_bytes,
+        read * len(done.worker_seconds),
+        read + sum(entry.size_bytes for entry in block.others),
+        {
+            "vram": done.vram_bytes,
+            "ram": peak_bytes["ram"],
+            "disk": peak_bytes["disk"] + done.scratch_bytes,
+        },
+        keeps,
+        done.linears,
     )
-
-
-def _event(output: Path, event: dict[str, Any]) -> None:
-    with (output / FOLDER / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), **event}) + "\n")

@@ -182,16 +182,22 @@ def plan_command(
         str | None,
         typer.Option(metavar="RATE", help="What goes into or out of a worker on a node of its own, as 12GB/s."),
     ] = None,
+    details: Annotated[bool, typer.Option("--details", help="Show every phase, placement and option, too.")] = False,
     json_output: Json = False,
     *,
     given: Any,
 ) -> None:
     """Say what prune would do: matches, memory, bytes, time. Touches no weights."""
+    from billhook.orchestrator.pages import show
+    from billhook.orchestrator.plan_page import plan_page
     from billhook.orchestrator.planning import plan
-    from billhook.orchestrator.printing import plan_as_json, plan_as_text
+    from billhook.orchestrator.printing import plan_as_json
 
     made = plan(model, recipe=recipe, assume_device=assume_device, bandwidth=bandwidth, **given)
-    print(json.dumps(plan_as_json(made), indent=1) if json_output else plan_as_text(made))
+    if json_output:
+        _print_json(plan_as_json(made))
+    else:
+        show(plan_page(made, details))
 
 
 @app.command("prune")
@@ -223,8 +229,8 @@ def prune_command(
 ) -> None:
     """Prune a model into OUT, or go on with an interrupted run of the same plan."""
     from billhook.orchestrator import driver
-    from billhook.orchestrator.printing import gibibytes
     from billhook.orchestrator.progress import shown_progress
+    from billhook.orchestrator.units import gibibytes
 
     if (resume is None) == (model is None) or (resume is None) == (output is None):
         raise InputError("prune: expected either MODEL and --output OUT, or --resume OUT")
@@ -252,10 +258,6 @@ def prune_command(
                 "linears": [dataclasses.asdict(linear) for linear in result.linears],
             }
         )
-    if result.budgets is not None and result.peak_bytes["ram"] > result.budgets.ram:
-        used, budget = gibibytes(result.peak_bytes["ram"]), gibibytes(result.budgets.ram)
-        print(f"billhook: warning: {used} of memory were used, more than the budget of {budget}", file=sys.stderr)
-    if json_output:
         return
     if result.budgets is None:
         print(f"{result.output}: this run had already finished; nothing was done")
@@ -295,13 +297,14 @@ def status_command(
     json_output: Json = False,
 ) -> None:
     """Show how far a run is: while it goes on, or after it ended in whatever way."""
-    from billhook.orchestrator.run_status import status, status_as_text
+    from billhook.orchestrator.pages import show
+    from billhook.orchestrator.run_status import status, status_page
 
     found = status(output)
     if json_output:
         _print_json(dataclasses.asdict(found))
     else:
-        print(status_as_text(found))
+        show(status_page(found))
 
 
 @app.command("verify")
@@ -365,8 +368,8 @@ def eval_command(
 ) -> None:
     """Compute a checkpoint's perplexity on a text, one block in memory at a time."""
     from billhook.orchestrator.evaluation import evaluate
-    from billhook.orchestrator.printing import gibibytes
     from billhook.orchestrator.progress import shown_progress
+    from billhook.orchestrator.units import gibibytes
 
     with shown_progress() as progress:
         result = evaluate(

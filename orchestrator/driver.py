@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from billhook.cluster.session import remove_leftovers
 from billhook.layerworkers.descriptors import disk_failure
@@ -16,23 +17,33 @@ from billhook.layerworkers.errors import InputError, Interrupted, RunError
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
 from billhook.orchestrator.allocating import allocated, store, windows_of
-from billhook.orchestrator.block_loop import Run, commit_blocks, sparsity_of
+from billhook.orchestrator.block_loop import Run, commit_blocks
 from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.calibration import Windows
 from billhook.orchestrator.card import model_card
+from billhook.orchestrator.event_log import log
+from billhook.orchestrator.events import (
+    Progress,
+    RunBegun,
+    RunFailed,
+    RunFinished,
+    Step,
+    Warned,
+    no_progress,
+    sparsity_of,
+    together,
+)
 from billhook.orchestrator.history import History, branch_point, read_history
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
 from billhook.orchestrator.paths import user_path
+from billhook.orchestrator.plan_page import plan_as_text
+from billhook.orchestrator.plan_warnings import plan_warnings
 from billhook.orchestrator.planning import Plan, estimate, make_plan
-from billhook.orchestrator.printing import plan_as_text
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
 from billhook.orchestrator.request import make_request
-from billhook.orchestrator.workers import Progress, no_progress
-
-if TYPE_CHECKING:
-    pass
+from billhook.orchestrator.units import gibibytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ def prune(
     model: a folder or a Hugging Face hub id. recipe: a YAML file of options; ``options`` win over it.
     from_block: keep the blocks before this one, and redo the others, with other options if wished.
     force: go on with other versions of libraries, or on another kind of machine, than the run was begun with.
+    progress: told of every event (:mod:`billhook.orchestrator.events`), as ``print``.
     interruption: through which the caller can ask the run to end.
 
     Raises:
@@ -123,7 +135,7 @@ def _prune(
     asked: tuple[Recipe, Resources],
     from_block: int | None,
     force: bool,
-    report: Progress,
+    progress: Progress,
     interruption: Interruption,
 ) -> PruneResult:
     begin = time.monotonic()
@@ -135,18 +147,20 @@ def _prune(
     existed = target.is_dir()
     with out.locked(target) as lock:
         history, begun = read_history(target), False
+        report = together(functools.partial(log, target), progress)
         try:
-            request = allocated(request, resources, windows, target, report)
+            # What is refused changes nothing: the log of a run that is there grows once it is clear that it goes on.
+            request = allocated(request, resources, windows, target, progress if history.decided else report)
             fingerprint = request.fingerprint(windows.sha256 if windows else None)
             branch = branch_point(history, fingerprint, from_block, force, str(target))
             if history.done is not None and branch is None:
                 linears = _reports(history)
-                unused = {"vram": 0, "ram": 0, "disk": _size_bytes(target)}
+                unused = {"vram": 0, "ram": 0, "disk": out.size_bytes(target)}
                 return PruneResult(target, sparsity_of(linears), 0.0, unused, {}, None, blocks, linears, True)
             remove_leftovers()
             access = out.begin_access(target)
             plan = make_plan(request, resources, target)
-            report("plan", 1, 1, "\n" + plan_as_text(plan))
+            progress(Step("plan", 1, 1, "\n" + plan_as_text(plan)))
             decided = {
                 "fingerprint": fingerprint,
                 "source": str(checkpoint.folder),
@@ -159,36 +173,42 @@ def _prune(
                 append(target, "branch", {"from_block": branch, **decided})
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
             begun = True
-            store(request, windows, target)
-            peak = _run(Run(plan, windows, access, target, lock, report, interruption))
-            lock.check()
-            report("finish", 0, 1, "reading the output for the hashes of its files")
-            _finish(plan, windows, target)
+            peak = _work(Run(plan, windows, access, target, lock, report, interruption))
         except BaseException as error:
             refused = isinstance(error, InputError) or not begun
             if refused and not history.decided and not read_history(target).blocks:
                 if lock.in_place:
                     out.remove_output(target, checkpoint, keep_folder=existed)
             elif begun and lock.in_place:
-                with contextlib.suppress(Exception):  # it may be the disk that failed
-                    append(target, "error", {"type": type(error).__name__, "message": str(error) or "interrupted"})
+                _note_failure(target, report, RunFailed(type(error).__name__, str(error) or "interrupted"))
             if isinstance(error, OSError):
                 raise disk_failure(str(error.filename or f"{target}/"), "working", error) from error
             if isinstance(error, KeyboardInterrupt) and interruption.asked:
                 raise Interrupted("ended before the first block of this command") from error
             raise
-    linears = _reports(read_history(target))
+        linears = _reports(read_history(target))
+        if peak["ram"] > plan.budgets.ram:
+            used, budget = gibibytes(peak["ram"]), gibibytes(plan.budgets.ram)
+            report(Warned(f"{used} of memory were used, more than the budget of {budget}"))
+        report(RunFinished(time.monotonic() - begin, sparsity_of(linears), blocks, peak))
     return PruneResult(
         target,
         sparsity_of(linears),
         time.monotonic() - begin,
-        {**peak, "disk": peak["disk"] + _size_bytes(target)},
+        peak,
         estimate(plan).peak_bytes,
         plan.budgets,
         blocks,
         linears,
         False,
     )
+
+
+def _note_failure(output: Path, report: Progress, failed: RunFailed) -> None:
+    with contextlib.suppress(Exception):  # it may be the disk that failed
+        append(output, "error", {"type": failed.type, "message": failed.message})
+    with contextlib.suppress(Exception):
+        report(failed)
 
 
 def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> dict[str, Any]:
@@ -210,8 +230,47 @@ def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> di
     return asked
 
 
-def _size_bytes(output: Path) -> int:
-    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+def _begun(plan: Plan, blocks_done: int) -> RunBegun:
+    request, recipe, taken = plan.request, plan.request.recipe, estimate(plan)
+    budgets = plan.budgets
+    return RunBegun(
+        str(request.model.checkpoint.folder),
+        recipe.method,
+        str(request.pattern),
+        float(request.pattern.sparsity),
+        recipe.device,
+        recipe.dtype,
+        request.samples,
+        recipe.seqlen or 0,
+        plan.workers.count,
+        recipe.threads,
+        len(request.model.layout.blocks),
+        blocks_done,
+        sum(map(len, request.linears)),
+        taken.seconds,
+        tuple(time.seconds for time in plan.times),
+        tuple({**time.parts, "files": time.files} for time in plan.times),
+        tuple(time.moved_bytes for time in plan.times),
+        taken.peak_bytes,
+        {name: asdict(need) for name, need in plan.arrangement.phases.items()},
+        {"vram": budgets.vram, "ram": budgets.ram, "disk": budgets.disk},
+        taken.bytes_read,
+        taken.bytes_written,
+    )
+
+
+def _work(run: Run) -> dict[str, int]:
+    """Do all that is left of a run that was begun; return peaks by tier."""
+    plan, output = run.plan, run.output
+    run.report(_begun(plan, len(read_history(output).blocks)))
+    for warning in plan_warnings(plan):
+        run.report(Warned(warning))
+    store(plan.request, run.windows, output)
+    peak = _run(run)
+    run.lock.check()
+    run.report(Step("finish", 0, 1, "reading the output for the hashes of its files"))
+    _finish(plan, run.windows, output)
+    return {**peak, "disk": peak["disk"] + out.size_bytes(output)}
 
 
 def _run(run: Run) -> dict[str, int]:
@@ -231,7 +290,7 @@ def _run(run: Run) -> dict[str, int]:
                 raise Interrupted(str(error)) from error
             raise
     if not history.rest_copied:
-        run.report("copy", 0, 1, "tensors outside the blocks")
+        run.report(Step("copy", 0, 1, "tensors outside the blocks"))
         out.copy_tensors(model.layout.rest, output)
         append(output, "rest", {"tensors": len(model.layout.rest)})
     return peak

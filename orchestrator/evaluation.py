@@ -27,6 +27,7 @@ from billhook.orchestrator.calibration import (
     load_tokenizer,
     read_text,
 )
+from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.phases import Job, Need
@@ -37,9 +38,7 @@ from billhook.orchestrator.recipe import RunOptions, read_options
 from billhook.orchestrator.request import check_context
 from billhook.orchestrator.workers import (
     PATIENCE_SECONDS,
-    Progress,
     Workers,
-    no_progress,
     ray_for,
     reserve_places,
     start_pool,
@@ -119,7 +118,7 @@ def evaluate(
         for block in blocks:
             later = blocks[block.index + 1 : block.index + 2] if arrangement.placements[block.index].read_ahead else ()
             pool.forward_block(block.index, block.tensors, later[0].tensors if later else ())
-            report("eval", block.index + 1, len(blocks), "")
+            report(Step("eval", block.index + 1, len(blocks), ""))
         losses = pool.losses()
         vram_peak, scratch_bytes = pool.peak_vram_bytes(), pool.scratch_bytes()
     mean = math.fsum(loss.nats for loss in losses) / len(losses)

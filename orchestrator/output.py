@@ -328,6 +328,11 @@ def read_manifest(output: Path) -> dict[str, Any]:
     return content
 
 
+def size_bytes(output: Path) -> int:
+    """Return the size of all files in the output, shards that are not full yet included."""
+    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, read in pieces."""
     with path.open("rb") as file:

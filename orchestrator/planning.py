@@ -338,6 +338,14 @@ def output_bytes(model: Model) -> int:
     return checkpoint.size_bytes + others + RECORD_BYTES * (linears + RECORDS)
 
 
+def kinds_of_blocks(plan: Plan) -> dict[BlockTime, list[int]]:
+    """Return the blocks that take the same, by what they take."""
+    kinds: dict[BlockTime, list[int]] = {}
+    for index, time in enumerate(plan.times):
+        kinds.setdefault(time, []).append(index)
+    return kinds
+
+
 def estimate(plan: Plan) -> Estimate:
     """Predict what a run takes from the shapes of its tensors, and its time from the rates of this machine."""
     request, workers = plan.request, plan.workers.count

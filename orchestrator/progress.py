@@ -1,4 +1,4 @@
-"""Progress on standard error: a live bar on a terminal, one plain line per step elsewhere."""
+"""Progress on standard error: a live display on a terminal, a plain line for each event elsewhere."""
 
 from __future__ import annotations
 
@@ -7,22 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from billhook.orchestrator.workers import Progress
+from billhook.orchestrator.events import Beat, Event, Progress, Step
 
-_LABELS = {
-    "plan": "plan",
-    "allocate": "allocating",
-    "start": "starting",
-    "replay": "replaying",
-    "prune": "pruning",
-    "lost": "lost",
-    "copy": "copying",
-    "finish": "finishing",
-    "eval": "evaluating",
-}
-
-
-_BY_BLOCK = ("prune", "replay", "eval", "lost", "allocate")
+REFRESHES_PER_SECOND = 2.0
 
 
 @contextmanager
@@ -32,25 +19,30 @@ def shown_progress() -> Iterator[Progress]:
         yield _print_line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+    from rich.live import Live
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
+    from billhook.orchestrator.run_facts import RunFacts, followed
+    from billhook.orchestrator.run_page import run_page
 
-        def update(phase: str, done: int, total: int, message: str) -> None:
-            bar.update(task, description=_LABELS[phase], completed=done, total=total)
-            if message:
-                bar.console.print(f"{_step(phase, done, total)}: {message}", highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    facts = RunFacts(since=time.time())
 
-        yield update
+    def show(event: Event) -> None:
+        nonlocal facts
+        facts = followed(facts, event, time.time())
+        if not (isinstance(event, Beat) or (isinstance(event, Step) and not event.message)):
+            console.print(Text(str(event)))
+
+    def render() -> Text:
+        found = run_page(facts, time.time())
+        found.no_wrap = True  # a page that wraps cannot be drawn over
+        return found
+
+    with Live(get_renderable=render, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True):
+        yield show
 
 
-def _print_line(phase: str, done: int, total: int, message: str) -> None:
-    now = time.strftime("%H:%M:%S")
-    print(f"{now} {_step(phase, done, total)}{': ' if message else ''}{message}", file=sys.stderr, flush=True)
-
-
-def _step(phase: str, done: int, total: int) -> str:
-    return f"{_LABELS[phase]} block {done} of {total}" if phase in _BY_BLOCK else _LABELS[phase]
+def _print_line(event: Event) -> None:
+    if not isinstance(event, Beat):
+        print(f"{time.strftime('%H:%M:%S')} {event}", file=sys.stderr, flush=True)

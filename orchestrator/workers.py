@@ -11,6 +11,7 @@ from billhook.cluster.environment import worker_environment
 from billhook.cluster.memory import PeakMemory
 from billhook.cluster.session import ray_session
 from billhook.layerworkers.tasks import WorkerSetup
+from billhook.orchestrator.events import Progress, Step
 from billhook.orchestrator.phases import store_bytes
 
 if TYPE_CHECKING:
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 60.0
 """How long to wait for room for all workers that were asked for, before those are used that there is room for."""
-
-Progress = Callable[[str, int, int, str], None]
-"""``progress(phase, done, total, message)``."""
-
-
-def no_progress(phase: str, done: int, total: int, message: str) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ def ray_for(workers: Workers, device: str, progress: Progress) -> Iterator[PeakM
         InputError: as the session does.
     """
     gpus = workers.count if device == "cuda" else 0
-    progress("start", 0, 1, f"Ray with {workers.count} {device} worker{'s' if workers.count > 1 else ''}")
+    progress(Step("start", 0, 1, f"Ray with {workers.count} {device} worker{'s' if workers.count > 1 else ''}"))
     cpus = workers.count * workers.threads
     session = ray_session(workers.address, cpus, gpus, store_bytes(workers.count), worker_environment(workers.threads))
     with session, PeakMemory() as memory:
@@ -67,8 +61,9 @@ def start_pool(
     places: Reservation,
     deadline: Callable[[], float | None] = lambda: None,
     expected: Mapping[str, str] | None = None,
+    heard: Callable[[Mapping[int, tuple[float, str]]], None] = lambda beats: None,
 ) -> WorkerPool:
     """Start workers at places that were reserved; see :class:`WorkerPool`."""
     from billhook.cluster.pool import WorkerPool
 
-    return WorkerPool(setup, places, deadline, expected)
+    return WorkerPool(setup, places, deadline, expected, heard)

@@ -13,7 +13,7 @@ from families import EXPERTS
 from safetensors.torch import load_file, save_file
 
 from billhook.orchestrator import InputError, inspect, plan, prune, verify
-from billhook.orchestrator.printing import plan_as_text
+from billhook.orchestrator.plan_page import plan_as_text
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

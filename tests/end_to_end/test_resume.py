@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from steps import step_of
 
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.shards import read_header
@@ -24,6 +25,7 @@ from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, Interrupted, prune, resume, status, verify
 from billhook.orchestrator import output as out
 from billhook.orchestrator.calibration import calibration_windows
+from billhook.orchestrator.events import Event
 from billhook.orchestrator.history import read_history
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append, journal_path, read_journal
@@ -46,8 +48,8 @@ def prune_until(blocks: int, model: Path, output: Path, **options: Any) -> None:
     """Prune until so many blocks are committed, and ask the run to end then."""
     interruption = Interruption(grace_seconds=100.0)
 
-    def ask(phase: str, done: int, total: int, message: str) -> None:
-        if (phase, done) == ("prune", blocks):
+    def ask(event: Event) -> None:
+        if step_of(event) == ("prune", blocks):
             interruption.ask()
 
     with pytest.raises(Interrupted):
@@ -57,10 +59,10 @@ def prune_until(blocks: int, model: Path, output: Path, **options: Any) -> None:
 class Steps(list[tuple[str, int]]):
     """Blocks that were replayed and pruned; to be passed as ``progress``."""
 
-    def __call__(self, phase: str, done: int, total: int, message: str) -> None:
+    def __call__(self, event: Event) -> None:
         """Note a step."""
-        if phase in ("replay", "prune"):
-            self.append((phase, done))
+        if step_of(event)[0] in ("replay", "prune"):
+            self.append(step_of(event))
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +110,8 @@ def test_asked_to_end_a_run_commits_the_block_in_progress_and_goes_on_from_kept_
 def test_a_block_that_takes_longer_than_the_grace_is_abandoned(llama5: Path, text_file: Path, tmp_path: Path) -> None:
     interruption = Interruption(grace_seconds=0.0)
 
-    def ask(phase: str, done: int, total: int, message: str) -> None:
-        if (phase, done) == ("prune", 1):  # the second block is under way
+    def ask(event: Event) -> None:
+        if step_of(event) == ("prune", 1):  # the second block is under way
             for actor in workers():
                 os.kill(actor, signal.SIGSTOP)
             interruption.ask()
@@ -249,8 +251,8 @@ def test_other_libraries_are_refused_unless_forced(begun: Path, tmp_path: Path) 
 def test_status_tells_a_run_in_progress_and_what_failed_last(llama5: Path, text_file: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def look(phase: str, done: int, total: int, message: str) -> None:
-        if (phase, done) == ("prune", 2):
+    def look(event: Event) -> None:
+        if step_of(event) == ("prune", 2):
             seen.append(status(tmp_path / "out"))
             raise KeyboardInterrupt
 
@@ -266,8 +268,8 @@ def test_a_request_that_fails_on_resume_removes_nothing(llama5: Path, text_file:
     output = tmp_path / "out"
     interruption = Interruption(grace_seconds=0.0)
 
-    def ask(phase: str, done: int, total: int, message: str) -> None:
-        if phase == "start":
+    def ask(event: Event) -> None:
+        if step_of(event)[0] == "start":
             interruption.ask()
 
     with pytest.raises(Interrupted):
@@ -290,8 +292,8 @@ def test_a_removed_output_is_not_written_to(llama5: Path, text_file: Path, tmp_p
 
     output = tmp_path / "out"
 
-    def replace(phase: str, done: int, total: int, message: str) -> None:
-        if (phase, done) == ("prune", 2):
+    def replace(event: Event) -> None:
+        if step_of(event) == ("prune", 2):
             output.rename(tmp_path / "gone")
             with out.locked(output):  # somebody begins anew under the same name
                 out.create_shards(output, make_request(llama5, read_options(None, {})[0]).model.checkpoint)
@@ -307,8 +309,8 @@ def test_a_removed_output_is_not_written_to(llama5: Path, text_file: Path, tmp_p
 def test_two_drivers_on_one_output(llama5: Path, text_file: Path, tmp_path: Path) -> None:
     refused: list[str] = []
 
-    def second(phase: str, done: int, total: int, message: str) -> None:
-        if (phase, done) == ("prune", 1):
+    def second(event: Event) -> None:
+        if step_of(event) == ("prune", 1):
             command = [sys.executable, "-m", "billhook.orchestrator", "prune", "--resume", str(tmp_path / "out")]
             done_ = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done_.returncode == 2

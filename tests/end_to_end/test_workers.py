@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from steps import step_of
 
 from billhook.cluster import pool
 from billhook.cluster.placement import Share, reserve
@@ -22,8 +23,8 @@ from billhook.cluster.scribe import Scribe
 from billhook.cluster.session import marked_processes
 from billhook.orchestrator import RunError, prune, status
 from billhook.orchestrator import output as out
-from billhook.orchestrator.block_loop import sparsity_of
 from billhook.orchestrator.calibration import calibration_windows, deal_samples
+from billhook.orchestrator.events import Event, Progress, sparsity_of
 from billhook.orchestrator.journal import read_journal
 from billhook.orchestrator.model import open_model
 from billhook.orchestrator.planning import make_plan, with_workers
@@ -53,12 +54,12 @@ def pools(output: Path) -> list[int]:
     return [len(event["nodes"]) for event in events if event["event"] == "workers"]
 
 
-def once(phase: str, done: int, act: Callable[[], None]) -> Callable[[str, int, int, str], None]:
+def once(phase: str, done: int, act: Callable[[], None]) -> Progress:
     """Return a progress callback that acts the first time that a step is done."""
     left = [act]
 
-    def progress(now: str, now_done: int, total: int, message: str) -> None:
-        if (now, now_done) == (phase, done) and left:
+    def progress(event: Event) -> None:
+        if step_of(event) == (phase, done) and left:
             left.pop()()
 
     return progress
@@ -126,8 +127,8 @@ def test_a_block_that_is_lost_three_times_ends_the_run_and_can_be_gone_on_with(
 ) -> None:
     output = tmp_path / "out"
 
-    def kill(phase: str, done: int, total: int, message: str) -> None:
-        if (phase, done) == ("replay", 1) or (phase, done) == ("prune", 1):
+    def kill(event: Event) -> None:
+        if step_of(event) in (("replay", 1), ("prune", 1)):
             os.kill(worker_processes()[0], signal.SIGKILL)
 
     options: dict[str, Any] = {"calibration": str(text_file), "workers": 1, "keep_inputs": "never", **CALIBRATION}
@@ -190,9 +191,9 @@ def test_workers_that_do_not_see_the_output_write_it_through_the_drivers_node(
     steps: list[tuple[str, int]] = []
     hit = once("prune", 3, lambda: os.kill(worker_processes()[0], signal.SIGKILL))
 
-    def progress(phase: str, done: int, total: int, message: str) -> None:
-        steps.append((phase, done))
-        hit(phase, done, total, message)
+    def progress(event: Event) -> None:
+        steps.append(step_of(event))
+        hit(event)
 
     prune(model, output, workers=2, progress=progress, **options)
     assert contents(output) == contents(alone)

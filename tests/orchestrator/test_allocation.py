@@ -14,12 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from steps import step_of
 
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator import InputError, allocate, prune, verify
 from billhook.orchestrator.allocation import ALLOCATORS, Evidence, Matrix, read_allocation, to_budget
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
 from billhook.orchestrator.checkpoint import open_file
+from billhook.orchestrator.events import Event
 from billhook.orchestrator.recipe import merged_options, read_options
 
 SHAPES = [(64, 64), (16, 64), (16, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
@@ -221,8 +223,8 @@ def test_a_run_by_owl_passes_the_dense_model_once_and_goes_on_with_what_it_found
     }
     steps: list[str] = []
 
-    def progress(phase: str, done: int, total: int, message: str) -> None:
-        steps.append(phase)
+    def progress(event: Event) -> None:
+        steps.append(step_of(event)[0])
 
     result = prune(llama, tmp_path / "out", progress=progress, **options)
     assert steps.count("allocate") == 3
@@ -294,8 +296,8 @@ def test_a_run_follows_its_allocation(
 
 
 def test_what_is_planned_says_how_it_is_allocated(llama: Path) -> None:
+    from billhook.orchestrator.plan_page import plan_as_text
     from billhook.orchestrator.planning import plan
-    from billhook.orchestrator.printing import plan_as_text
 
     assert "allocated by erk: 0." in plan_as_text(plan(llama, method="magnitude", allocation="erk"))
     assert "when it runs" in plan_as_text(plan(llama, method="magnitude", allocation="lamp"))

@@ -11,8 +11,9 @@ import pytest
 from billhook.orchestrator import InputError, Plan, budgets, plan, planning
 from billhook.orchestrator.budgets import machine_ram_bytes
 from billhook.orchestrator.devices import DEVICES
+from billhook.orchestrator.plan_page import plan_as_text
 from billhook.orchestrator.planning import estimate, make_plan, output_bytes
-from billhook.orchestrator.printing import plan_as_json, plan_as_text
+from billhook.orchestrator.printing import plan_as_json
 from billhook.orchestrator.recipe import read_options
 from billhook.orchestrator.request import make_request
 
@@ -45,7 +46,7 @@ def test_a_folder_with_a_config_only_is_planned_from_the_shapes_it_implies(shape
     assert document["fits"]
     assert document["bytes_written"] >= 2 * (2 * 218_103_808 + 2 * 32000 * 4096)
     assert set(document["elsewhere"]) == {"80 GB GPU", "24 GB GPU", "CPU"}
-    assert "elsewhere" in plan_as_text(made)
+    assert "elsewhere" in plan_as_text(made, details=True)
 
 
 def test_with_memory_to_spare_everything_is_held(shape_of_8b: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 
 from billhook.orchestrator import InputError, Plan, plan
 from billhook.orchestrator.devices import DEVICES
+from billhook.orchestrator.plan_page import plan_as_text
 from billhook.orchestrator.planning import estimate
-from billhook.orchestrator.printing import plan_as_json, plan_as_text
+from billhook.orchestrator.printing import plan_as_json
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_a_gpu_is_planned_for_where_there_is_none(shape: Path) -> None:
     assert kind["blocks"] == 2
     assert kind["seconds"] == pytest.approx(sum(made.times[0].parts.values()))
     assert 2 * kind["moved_bytes"] == document["moved_bytes"] > 0
-    assert f"{kind['limit']} limit" in plan_as_text(made)
+    assert f"{kind['limit']} limit" in plan_as_text(made, details=True)
 
 
 @pytest.mark.parametrize("device", list(DEVICES))
