@@ -1,7 +1,7 @@
 """A Ray session for the length of one command: started here and stopped again, or joined.
 
 What is started here listens on the loopback interface only, asks every caller for a token that is made for the
-session, sends no usage statistics, and serves no dashboard.
+session, sends no usage statistics, and serves no dashboard unless it is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,16 @@ TOKEN_FILE = "~/.ray/auth_token"
 
 CONNECT_SECONDS = 10.0
 """How long the head node of a cluster to be joined may take to accept a connection."""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """Where Ray's dashboard is, for as long as the session lasts."""
+
+    url: str
+    token_file: Path
+    """Only this user can read it."""
+
 
 _own_folder: Path | None = None
 """Folder of the session that this process has started and not yet stopped."""
@@ -54,27 +66,52 @@ _LOOPBACK_ONLY = {
 
 @contextmanager
 def ray_session(
-    address: str | None, cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
+    address: str | None,
+    cpus: int,
+    gpus: int,
+    object_store_bytes: int,
+    environment: Mapping[str, str] | None = None,
+    dashboard: bool = False,
+) -> Iterator[Dashboard | None]:
     """Join the Ray cluster at ``address``, or start one with ``cpus`` and ``gpus`` on this machine, and leave it again.
 
-    What is started here has the variables of ``environment``, and so do its workers.
+    What is started here has the variables of ``environment``, and so do its workers. With ``dashboard`` it serves
+    Ray's dashboard on the loopback interface, and the context yields where.
     A session that this process is already connected to is used as it is. Leftovers of commands that were killed are
     removed first.
 
     Raises:
-        InputError: when there is no cluster at ``address``, or it does not let this process in.
+        InputError: when there is no cluster at ``address``, or it does not let this process in, or the dashboard's
+            packages are missing.
     """
     remove_leftovers()
     if "ray" in sys.modules:
         import ray
 
         if ray.is_initialized():
-            yield
+            yield None
             return
-    started = _join(address) if address is not None else _start(cpus, gpus, object_store_bytes, environment or {})
-    with started:
-        yield
+    if address is not None:
+        with _join(address):
+            yield None
+        return
+    with _start(cpus, gpus, object_store_bytes, environment or {}, dashboard) as found:
+        yield found
+
+
+def check_dashboard() -> None:
+    """Check that Ray's dashboard can be served.
+
+    Raises:
+        InputError: when packages are missing.
+    """
+    try:
+        import_module("ray.dashboard.optional_deps")
+    except ImportError as error:
+        raise InputError(
+            f"--dashboard: Ray's dashboard needs packages that are not installed ({error.name}); install them: "
+            "pip install 'ray[default]'"
+        ) from error
 
 
 @contextmanager
@@ -159,8 +196,12 @@ def _no_cluster(address: str, reason: str) -> InputError:
 
 
 @contextmanager
-def _start(cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[str, str]) -> Iterator[None]:
+def _start(
+    cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[str, str], dashboard: bool
+) -> Iterator[Dashboard | None]:
     global _own_folder, _own_environment
+    if dashboard:
+        check_dashboard()
     folder, own_lock = _claimed_folder()
     _own_folder, _own_environment = folder, environment
     own = {**environment, **_LOOPBACK_ONLY, "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION_VARIABLE: str(folder)}
@@ -169,11 +210,12 @@ def _start(cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[s
             import ray
 
             _reload_ray_environment()
-            _init(
+            url = _init(
                 address="local",
                 num_cpus=cpus,
                 num_gpus=gpus,
-                include_dashboard=False,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
                 object_store_memory=max(object_store_bytes, 80 << 20),
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -186,7 +228,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int, environment: Mapping[s
                 },
             )
         try:
-            yield
+            yield Dashboard(f"http://{url}", _token_file(folder, own["RAY_AUTH_TOKEN"])) if dashboard else None
         finally:
             ray.shutdown()
             _reload_ray_environment()
@@ -207,11 +249,19 @@ def _claimed_folder() -> tuple[Path, int]:
         os.close(lock)  # another command took it for a leftover before it was locked
 
 
-def _init(**options: Any) -> None:
+def _token_file(folder: Path, token: str) -> Path:
+    path = folder / "token"
+    path.touch(mode=0o600)
+    path.write_text(token)
+    return path
+
+
+def _init(**options: Any) -> str:
+    """Start Ray; return where its dashboard listens, HOST:PORT, or an empty string."""
     import ray
 
     try:
-        ray.init(**options)
+        return str(ray.init(**options).dashboard_url or "")
     except Exception as error:  # Ray raises just that when its processes are late
         reason = str(error).strip().partition("\n")[0]
         raise RunError(

@@ -107,7 +107,7 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
     setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, run.access)
     recorded = history.decided[-1].fingerprint
     expected = recorded["machine"] | recorded["versions"]
-    kept_bytes, kept = 0, set[int]()
+    kept_bytes, disk_bytes, kept = 0, 0, set[int]()
     if history.kept_inputs is not None:
         kept.add(history.kept_inputs)
 
@@ -136,10 +136,11 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
             seconds = round(done.seconds, 3)
             line = {"index": done.index, "linears": linears, "seconds": seconds, "kept_inputs": keeps}
             append(run.output, "block", line)
+            disk_bytes = max(disk_bytes, out.size_bytes(run.output) + done.scratch_bytes)
             if keeps:
                 kept_bytes = max(kept_bytes, kept_size_bytes(run.output))
                 remove_kept(run.output, before=done.index + 1)
-            peak = {"ram": memory.peak_bytes, "disk": out.size_bytes(run.output)}
+            peak = {"vram": done.vram_bytes, "ram": memory.peak_bytes, "disk": disk_bytes}
             run.report(_told(done, plan, peak, keeps))
         return {"vram": pool.peak_vram_bytes(), "ram": 0, "disk": pool.scratch_bytes() + kept_bytes}
 
@@ -211,7 +212,7 @@ def _in_output(tensors: Sequence[ModuleTensor], output: Path) -> tuple[ModuleTen
 
 
 def _told(done: BlockReport, plan: Plan, peak_bytes: Mapping[str, int], keeps: bool) -> BlockDone:
-    """Return what is told of a block. peak_bytes: of RAM, and of the disk but for scratch files."""
+    """Return what is told of a block."""
     recipe, block = plan.request.recipe, plan.request.model.layout.blocks[done.index]
     read = sum(tensor.entry.size_bytes for tensor in block.tensors)
     return BlockDone(
@@ -225,11 +226,7 @@ def _told(done: BlockReport, plan: Plan, peak_bytes: Mapping[str, int], keeps: b
         done.moved_bytes,
         read * len(done.worker_seconds),
         read + sum(entry.size_bytes for entry in block.others),
-        {
-            "vram": done.vram_bytes,
-            "ram": peak_bytes["ram"],
-            "disk": peak_bytes["disk"] + done.scratch_bytes,
-        },
+        peak_bytes,
         keeps,
         done.linears,
     )

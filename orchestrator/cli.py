@@ -11,6 +11,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import FrameType, UnionType
 from typing import Annotated, Any, Literal
@@ -109,7 +110,9 @@ def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
     text = field.description or ""
     if field.default not in (None, (), PydanticUndefined):
         text += f" [default: {field.default}]"
-    if name in _SETTERS:
+    if name == "log_to":
+        option = typer.Option(flag, metavar="TOOL", help=text + " May be repeated.")
+    elif name in _SETTERS:
         option = typer.Option(_SETTERS[name], metavar="NAME=VALUE", help=text + " May be repeated.")
     elif _words(field.annotation):
         option = typer.Option(flag, metavar="|".join(["N", *_words(field.annotation)]), help=text)
@@ -147,7 +150,7 @@ def _given(values: dict[str, Any]) -> RunOptions:
     for key, flag in _SETTERS.items():
         if key in given:
             given[key] = dict(_name_and_value(flag, text) for text in given[key])
-    for key in ("include", "exclude"):
+    for key in ("include", "exclude", "log_to"):
         if key in given:
             given[key] = tuple(given[key])
     for key, field in Resources.model_fields.items():
@@ -236,7 +239,8 @@ def prune_command(
         raise InputError("prune: expected either MODEL and --output OUT, or --resume OUT")
     if resume is not None and recipe is not None:
         raise InputError("--resume: takes no --recipe; the run's own is in its journal")
-    with interruptible(grace) as interruption, shown_progress() as progress:
+    # Standard output is ours alone: what the tools of --log-to print goes beside it.
+    with interruptible(grace) as interruption, redirect_stdout(sys.stderr), shown_progress() as progress:
         way: Any = {"from_block": from_block, "force": force, "progress": progress, "interruption": interruption}
         if resume is not None:
             result = driver.resume(resume, **way, **given)

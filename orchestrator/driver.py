@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from billhook.cluster.session import remove_leftovers
+from billhook.cluster.session import check_dashboard, remove_leftovers
 from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, Interrupted, RunError
 from billhook.layerworkers.tasks import LinearReport
@@ -37,6 +37,7 @@ from billhook.orchestrator.history import History, branch_point, read_history
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
+from billhook.orchestrator.metrics import check_installed, metrics_logged
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.plan_page import plan_as_text
 from billhook.orchestrator.plan_warnings import plan_warnings
@@ -140,12 +141,13 @@ def _prune(
 ) -> PruneResult:
     begin = time.monotonic()
     recipe, resources = asked
+    _check_packages(resources)
     request = make_request(model, recipe)
     checkpoint, blocks = request.model.checkpoint, len(request.model.layout.blocks)
     out.check_free(target, checkpoint)
     windows = windows_of(request)
     existed = target.is_dir()
-    with out.locked(target) as lock:
+    with out.locked(target) as lock, contextlib.ExitStack() as stack:
         history, begun = read_history(target), False
         report = together(functools.partial(log, target), progress)
         try:
@@ -161,16 +163,17 @@ def _prune(
             access = out.begin_access(target)
             plan = make_plan(request, resources, target)
             progress(Step("plan", 1, 1, "\n" + plan_as_text(plan)))
-            decided = {
+            decided: dict[str, Any] = {
                 "fingerprint": fingerprint,
                 "source": str(checkpoint.folder),
                 "asked": _with_absolute_paths(model, recipe, resources),
             }
+            metrics = metrics_logged(resources.log_to, target, decided["asked"], report)
+            report = together(report, stack.enter_context(metrics))
             if not history.decided:
                 out.create_shards(target, checkpoint)
-                append(target, "plan", decided)
-            elif branch is not None:
-                append(target, "branch", {"from_block": branch, **decided})
+            if not history.decided or branch is not None:
+                _note_plan(target, branch, decided)
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
             begun = True
             peak = _work(Run(plan, windows, access, target, lock, report, interruption))
@@ -202,6 +205,19 @@ def _prune(
         linears,
         False,
     )
+
+
+def _check_packages(resources: Resources) -> None:
+    check_installed(resources.log_to)
+    if resources.dashboard:
+        check_dashboard()
+
+
+def _note_plan(output: Path, from_block: int | None, decided: dict[str, Any]) -> None:
+    if from_block is None:
+        append(output, "plan", decided)
+    else:
+        append(output, "branch", {"from_block": from_block, **decided})
 
 
 def _note_failure(output: Path, report: Progress, failed: RunFailed) -> None:

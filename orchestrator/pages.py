@@ -36,7 +36,7 @@ def page(rows: Iterable[Row]) -> Text:
 def bar(share: float, style: str) -> Text:
     """Return a bar of which ``share`` is full."""
     full = min(BAR_WIDTH, round(BAR_WIDTH * share))
-    return Text(FULL * full, style) + Text(EMPTY * (BAR_WIDTH - full), "dim")
+    return Text.assemble((FULL * full, style), (EMPTY * (BAR_WIDTH - full), "dim"))
 
 
 def usage(used_bytes: int, limit_bytes: int | None, note: str = "") -> Text:
@@ -46,7 +46,7 @@ def usage(used_bytes: int, limit_bytes: int | None, note: str = "") -> Text:
         return Text(f"{gibibytes(used_bytes)}, no limit{told}")
     share = used_bytes / limit_bytes if limit_bytes else 1.0
     style = "red" if share > 1 else "yellow" if share >= NEARLY_FULL else "green"
-    return bar(share, style) + Text(f" {gibibytes(used_bytes)} of {gibibytes(limit_bytes)}, {share:.0%}{told}")
+    return Text.assemble(bar(share, style), f" {gibibytes(used_bytes)} of {gibibytes(limit_bytes)}, {share:.0%}{told}")
 
 
 def show(page: Text) -> None:

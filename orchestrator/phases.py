@@ -46,6 +46,9 @@ Stage = Sequence[Sequence[Linear]]
 RAY_BYTES = 495 << 20
 """Memory of Ray's own processes on one node, its agents included, and of the actor that counts workers."""
 
+DASHBOARD_BYTES = 950 << 20
+"""Memory that Ray's processes take more where they serve the dashboard."""
+
 LIBRARY_BYTES = 300 << 20
 """Pages of libraries that the processes of a run share, counted once."""
 
@@ -93,6 +96,8 @@ class Job:
     """Whether all workers are on one machine."""
     bandwidth_bytes: float | None = None
     """Per second, into or out of a worker; None: not told."""
+    beside_bytes: int = 0
+    """Memory of what runs beside on the node, as Ray's dashboard."""
 
     @property
     def pace(self) -> Pace:

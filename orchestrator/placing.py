@@ -139,7 +139,7 @@ def _arrange_with(
     per_node: int,
 ) -> Arrangement | None:
     """Choose each block's placement, given where the activations are; None where a block has none that fits."""
-    fixed = processes_bytes(per_node, own_bytes) + store_bytes(workers)
+    fixed = processes_bytes(per_node, own_bytes) + store_bytes(workers) + job.beside_bytes
     chosen: dict[object, tuple[Placement, dict[str, list[Need]], float]] = {}
     placements: list[Placement] = []
     phases: dict[str, Need] = {}

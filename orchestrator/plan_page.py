@@ -22,7 +22,8 @@ from billhook.orchestrator.units import duration, gibibytes
 def plan_page(plan: Plan, details: bool = False) -> Text:
     """Return the plan for a person. details: also every phase, placement and option."""
     rest = _details(plan) if details else [("", Text("more: --details, --json", "dim"))]
-    return page([*_what(plan), GAP, *_takes(plan), GAP, *_warned(plan), *rest])
+    warnings = list(_warned(plan))
+    return page([*_what(plan), GAP, *_takes(plan), *([GAP, *warnings] if warnings else []), GAP, *rest])
 
 
 def plan_as_text(plan: Plan, details: bool = False) -> str:

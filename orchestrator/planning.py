@@ -25,7 +25,7 @@ from billhook.orchestrator.devices import (
 from billhook.orchestrator.keeping import keep_every, kept_copies
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.model import Model, check_gpus, resolve_workers
-from billhook.orchestrator.phases import BlockWork, Job
+from billhook.orchestrator.phases import DASHBOARD_BYTES, BlockWork, Job
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
 from billhook.orchestrator.probe import Rates, measured_rates
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
@@ -178,7 +178,13 @@ def make_plan(
     return Plan(
         request,
         resources,
-        Workers(arrangement.workers, recipe.threads, resources.address, wanted if room else arrangement.workers),
+        Workers(
+            arrangement.workers,
+            recipe.threads,
+            resources.address,
+            wanted if room else arrangement.workers,
+            resources.dashboard,
+        ),
         budgets,
         supposed,
         rates,
@@ -251,7 +257,8 @@ def _job(request: Request, resources: Resources, supposed: Supposition) -> Job:
     options = request.method.options(**request.options)
     near = resources.address is None and supposed == NOTHING_SUPPOSED
     return Job(
-        request.recipe, request.method, options, request.pattern, request.samples, near, supposed.bandwidth_bytes
+        *(request.recipe, request.method, options, request.pattern, request.samples, near, supposed.bandwidth_bytes),
+        beside_bytes=DASHBOARD_BYTES if resources.dashboard else 0,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, cast
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from billhook.layerworkers.errors import InputError, nearest
 from billhook.orchestrator.paths import user_path
@@ -76,7 +76,7 @@ class Recipe(BaseModel):
 
 
 class Resources(BaseModel):
-    """Where a run happens: no byte of the output depends on it."""
+    """Where a run happens and who is told of it: no byte of the output depends on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,6 +104,10 @@ class Resources(BaseModel):
         "auto",
         description="After how many blocks the next one's inputs are kept on disk, for a run that is interrupted.",
     )
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="Log metrics of every block to tensorboard, trackio or wandb, where installed."
+    )
+    dashboard: bool = Field(False, description="Serve Ray's dashboard on this machine's loopback interface.")
 
     @field_validator("address")
     @classmethod
@@ -117,6 +121,21 @@ class Resources(BaseModel):
         if value is None or said or (isinstance(value, int) and value >= 1 << 20):
             return value
         raise ValueError("expected a size with its unit, as 16GiB")
+
+    @field_validator("log_to", mode="before")
+    @classmethod
+    def _separated_by_commas(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+            return value
+        return tuple(dict.fromkeys(name.strip() for each in given for name in each.split(",")))
+
+    @field_validator("dashboard")
+    @classmethod
+    def _of_our_own(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("address") is not None:
+            raise ValueError("expected no --address beside it: that cluster's head has a dashboard of its own")
+        return value
 
     @field_validator("workers")
     @classmethod
@@ -163,6 +182,8 @@ class RunOptions(TypedDict, total=False):
     intermediates: Literal["auto", "hold", "spill", "replay"]
     statistics: Literal["auto", "device", "ram", "disk"]
     keep_inputs: int | Literal["auto", "never"]
+    log_to: str | tuple[str, ...]
+    dashboard: bool
 
 
 def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Recipe, Resources]:

@@ -133,5 +133,6 @@ def facts_of(lines: Iterable[Logged]) -> RunFacts:
 
 
 def _pruning(facts: RunFacts, done: int, at: float) -> RunFacts:
-    doing = "finishing" if done == facts.blocks else f"pruning block {done + 1} of {facts.blocks}"
-    return replace(facts, doing=doing, since=at, done=done)
+    if done == facts.blocks:
+        return replace(facts, doing="finishing", since=at, done=done, workers=(), silent_seconds=())
+    return replace(facts, doing=f"pruning block {done + 1} of {facts.blocks}", since=at, done=done)

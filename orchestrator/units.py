@@ -12,5 +12,5 @@ def duration(seconds: float) -> str:
     """Return a time as text, in seconds, minutes, hours or days."""
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
-            return f"{seconds / unit:.1f} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
+            return f"{seconds / unit:.2g} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
     return f"{seconds / 86_400:.1f} days"

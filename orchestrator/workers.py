@@ -32,6 +32,8 @@ class Workers:
     """Ray cluster to join; None starts one on this machine."""
     most: int
     """As many as are used where a cluster has room for them: at least ``count``."""
+    dashboard: bool = False
+    """Whether Ray, where it is started, serves its dashboard."""
 
 
 @contextmanager
@@ -44,8 +46,14 @@ def ray_for(workers: Workers, device: str, progress: Progress) -> Iterator[PeakM
     gpus = workers.count if device == "cuda" else 0
     progress(Step("start", 0, 1, f"Ray with {workers.count} {device} worker{'s' if workers.count > 1 else ''}"))
     cpus = workers.count * workers.threads
-    session = ray_session(workers.address, cpus, gpus, store_bytes(workers.count), worker_environment(workers.threads))
-    with session, PeakMemory() as memory:
+    session = ray_session(
+        *(workers.address, cpus, gpus, store_bytes(workers.count), worker_environment(workers.threads)),
+        dashboard=workers.dashboard,
+    )
+    with session as dashboard, PeakMemory() as memory:
+        if dashboard is not None:
+            told = f"Ray's dashboard is at {dashboard.url}; it asks for the token in {dashboard.token_file}"
+            progress(Step("start", 0, 1, told))
         yield memory
 
 
