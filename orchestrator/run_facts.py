@@ -44,7 +44,7 @@ class RunFacts:
     planned_peak_bytes: Mapping[str, int] = field(default_factory=dict)
     budget_bytes: Mapping[str, int | None] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
-    """Of the last block, by kind of linear."""
+    """Of the last block that had any, by kind of linear."""
     hosts: tuple[str, ...] = ()
     """Of the workers, by rank."""
     workers: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def followed(facts: RunFacts, event: Event, at: float) -> RunFacts:
                 blocks=event.blocks,
                 recent_seconds=(*facts.recent_seconds, event.seconds)[-RECENT_BLOCKS:],
                 peak_bytes=event.peak_bytes,
-                errors=errors_by_kind(event.linears),
+                errors=errors_by_kind(event.linears) or facts.errors,
             )
             facts = _pruning(facts, event.index + 1, at)
         case Beat():
