@@ -3,7 +3,8 @@
 ``prune``, ``plan``, ``allocate``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same
 names do (``evaluate`` is ``billhook eval``, ``resume`` is ``billhook prune --resume``). They raise :class:`InputError`
 where the command line exits with 2, :class:`RunError` where it exits with 1, and :class:`Interrupted` where it exits
-with 130. They are imported on first use, so that importing this package does not import torch.
+with 130. ``progress=`` takes a function that is told of every :class:`Event`, such as ``print``, or what
+:func:`shown_progress` gives. They are imported on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from billhook.orchestrator.allocation import Allocation
     from billhook.orchestrator.driver import PruneResult, prune, resume
     from billhook.orchestrator.evaluation import Evaluation, evaluate
+    from billhook.orchestrator.event_log import read_events
+    from billhook.orchestrator.events import Event
     from billhook.orchestrator.inspection import Inspection, inspect
     from billhook.orchestrator.planning import Plan, plan
+    from billhook.orchestrator.progress import shown_progress
     from billhook.orchestrator.run_status import Status, status
     from billhook.orchestrator.verification import Verification, verify
 
@@ -30,6 +34,9 @@ _HOMES = {
     "PruneResult": "driver",
     "evaluate": "evaluation",
     "Evaluation": "evaluation",
+    "Event": "events",
+    "read_events": "event_log",
+    "shown_progress": "progress",
     "inspect": "inspection",
     "Inspection": "inspection",
     "plan": "planning",
@@ -43,6 +50,7 @@ _HOMES = {
 __all__ = [
     "Allocation",
     "Evaluation",
+    "Event",
     "InputError",
     "Inspection",
     "Interrupted",
@@ -56,7 +64,9 @@ __all__ = [
     "inspect",
     "plan",
     "prune",
+    "read_events",
     "resume",
+    "shown_progress",
     "status",
     "verify",
 ]

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from billhook.orchestrator.events import Beat, Event, LoggedEvent
 from billhook.orchestrator.journal import FOLDER
+from billhook.orchestrator.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ def log(output: Path, event: Event) -> None:
         file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 
-def read_events(output: Path) -> list[Logged]:
+def read_events(output: str | Path) -> list[Logged]:
     """Return the events of the run in ``output``, those of all its commands; empty where there are none.
 
     Lines that are torn, as by a power failure, or of another version, are left out.
     """
     try:
-        lines = log_path(output).read_bytes().splitlines()
+        lines = log_path(user_path(output)).read_bytes().splitlines()
     except OSError:
         return []
     found = []
@@ -111,19 +112,17 @@ From Python the same events, as frozen dataclasses, come to the callback `progre
 `read_events`:
 
 ```python
-from pathlib import Path
-
-from billhook.orchestrator import prune
-from billhook.orchestrator.event_log import read_events
+from billhook.orchestrator import prune, read_events
 from billhook.orchestrator.events import BlockDone
 
 prune("path/to/model", "OUT", calibration="text.txt", progress=print)  # a line for each event
-blocks = [line.event for line in read_events(Path("OUT")) if isinstance(line.event, BlockDone)]
+blocks = [line.event for line in read_events("OUT") if isinstance(line.event, BlockDone)]
 errors = [max(linear.error for linear in block.linears) for block in blocks]
 ```
 
 The callback is told of one more kind, `Beat`: what every worker does at the moment. It is called in the thread that
-called `prune`; what it raises ends the run, which can be gone on with.
+called `prune`; what it raises ends the run, which can be gone on with. `shown_progress()` gives the callback that the
+command line uses: a live page on a terminal, plain lines elsewhere, as in a notebook.
 
 In the tables `[number]` is a list and `{name: number}` an object.
 """

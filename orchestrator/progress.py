@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from billhook.orchestrator.events import Beat, Event, Progress, Step
 
-REFRESHES_PER_SECOND = 2.0
+REFRESHES_PER_SECOND = 1.0
 
 
 @contextmanager
