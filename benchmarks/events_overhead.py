@@ -39,7 +39,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         found = on_a_terminal([sys.executable, __file__, *sys.argv[1:], "--output", f"{folder}/out"])
-    found["share"] = sum(found["seconds_by_listener"].values()) / found["seconds"]
+    found["share"] = round(sum(found["seconds_by_listener"].values()) / found["seconds"], 5)
     found |= {"model": Path(arguments.model).name, "samples": arguments.samples, "seqlen": arguments.seqlen}
     found |= {"machine": this_machine()}
     print(json.dumps(found, indent=1))
@@ -64,22 +64,24 @@ def on_a_terminal(command: list[str]) -> dict[str, Any]:
 
 
 def timed_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prune; return the seconds of the run, those of each listener, and how often it was called."""
+    """Prune; return the seconds of the run, those of each listener, waiting included or not, and its calls."""
     from rich.live import Live
 
     from billhook.orchestrator import driver, prune
     from billhook.orchestrator.progress import shown_progress
 
     seconds: Counter[str] = Counter()
+    busy: Counter[str] = Counter()
     calls: Counter[str] = Counter()
 
     def timed(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
-            begin = time.monotonic()
+            begin, busy_before = time.monotonic(), time.thread_time()
             try:
                 return real(*given)
             finally:
                 seconds[name] += time.monotonic() - begin
+                busy[name] += time.thread_time() - busy_before
                 calls[name] += 1
 
         return call
@@ -107,6 +109,7 @@ def timed_run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": round(whole, 2),
         "seconds_by_listener": {name: round(spent, 4) for name, spent in seconds.items()},
+        "processor_seconds_by_listener": {name: round(spent, 4) for name, spent in busy.items()},
         "calls": dict(calls),
     }
 

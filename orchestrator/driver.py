@@ -7,7 +7,7 @@ import functools
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,7 +24,6 @@ from billhook.orchestrator.card import model_card
 from billhook.orchestrator.event_log import log
 from billhook.orchestrator.events import (
     Progress,
-    RunBegun,
     RunFailed,
     RunFinished,
     Step,
@@ -38,9 +37,9 @@ from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
 from billhook.orchestrator.metrics import check_installed, metrics_logged
+from billhook.orchestrator.opening import opening
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.plan_page import plan_as_text
-from billhook.orchestrator.plan_warnings import plan_warnings
 from billhook.orchestrator.planning import Plan, estimate, make_plan
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
 from billhook.orchestrator.request import make_request
@@ -246,41 +245,11 @@ def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> di
     return asked
 
 
-def _begun(plan: Plan, blocks_done: int) -> RunBegun:
-    request, recipe, taken = plan.request, plan.request.recipe, estimate(plan)
-    budgets = plan.budgets
-    return RunBegun(
-        str(request.model.checkpoint.folder),
-        recipe.method,
-        str(request.pattern),
-        float(request.pattern.sparsity),
-        recipe.device,
-        recipe.dtype,
-        request.samples,
-        recipe.seqlen or 0,
-        plan.workers.count,
-        recipe.threads,
-        len(request.model.layout.blocks),
-        blocks_done,
-        sum(map(len, request.linears)),
-        taken.seconds,
-        tuple(time.seconds for time in plan.times),
-        tuple({**time.parts, "files": time.files} for time in plan.times),
-        tuple(time.moved_bytes for time in plan.times),
-        taken.peak_bytes,
-        {name: asdict(need) for name, need in plan.arrangement.phases.items()},
-        {"vram": budgets.vram, "ram": budgets.ram, "disk": budgets.disk},
-        taken.bytes_read,
-        taken.bytes_written,
-    )
-
-
 def _work(run: Run) -> dict[str, int]:
     """Do all that is left of a run that was begun; return peaks by tier."""
     plan, output = run.plan, run.output
-    run.report(_begun(plan, len(read_history(output).blocks)))
-    for warning in plan_warnings(plan):
-        run.report(Warned(warning))
+    for event in opening(plan, len(read_history(output).blocks)):
+        run.report(event)
     store(plan.request, run.windows, output)
     peak = _run(run)
     run.lock.check()
