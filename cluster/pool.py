@@ -37,6 +37,7 @@ from billhook.layerworkers.tasks import (
     ObserveTask,
     Sample,
     StemTask,
+    WindowComparison,
     WindowLoss,
     WorkerSetup,
 )
@@ -136,6 +137,11 @@ class WorkerActor:
         synced = self._attendance.synced
         self._worker = BlockWorker(setup, self._group, lambda index: ray.get(synced.remote(index)), files)
         return machine_facts(setup.device) | library_versions()
+
+    def compare_with_another(self, setup: WorkerSetup) -> None:
+        """Replace the worker by one of another model, of which the worker so far is the reference."""
+        check_source(setup.source, f"worker {self._rank} on {socket.gethostname()}, {ray.util.get_node_ip_address()}")
+        self._worker = BlockWorker(setup, self._group, reference=self._worker)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker."""
@@ -271,6 +277,14 @@ class WorkerPool:
         """Look at a dense block's scores; see :meth:`BlockWorker.observe_block`."""
         facts: list[ScoreFacts] = self._call("observe_block", task)[0]
         return facts
+
+    def compare_with_another(self, setup: WorkerSetup) -> None:
+        """Go on with another model, from :meth:`start` on; what the model so far has made of the samples is kept."""
+        self._outcome([actor.compare_with_another.remote(setup) for actor in self._actors])
+
+    def comparisons(self) -> list[WindowComparison]:
+        """Return how far the model is from the one before; see :meth:`BlockWorker.comparisons`."""
+        return [each for own in self._call("comparisons") for each in own]
 
     def losses(self) -> list[WindowLoss]:
         """Return the losses of all samples, in order; see :meth:`BlockWorker.losses`."""

@@ -204,3 +204,16 @@ class WindowLoss:
     index: int
     nats: float
     targets: int
+
+
+@dataclass(frozen=True)
+class WindowComparison:
+    """How far a model's predictions of one evaluation window are from those of a reference."""
+
+    loss: WindowLoss
+    reference_nats: float
+    """Mean cross-entropy of the reference, per target token."""
+    divergence_nats: float
+    """Mean KL divergence from the reference's probabilities, per target token."""
+    agreeing: int
+    """Targets before which both hold the same token to be the likeliest."""

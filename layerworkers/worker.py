@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -16,9 +15,10 @@ from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.collective import Collective, Counted
-from billhook.layerworkers.errors import BlockLostError, InputError, RunError
+from billhook.layerworkers.errors import BlockLostError, InputError
 from billhook.layerworkers.fitting import BlockFit
 from billhook.layerworkers.lockstep import run_plain
+from billhook.layerworkers.losses import window_comparison, window_loss
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
@@ -34,6 +34,7 @@ from billhook.layerworkers.tasks import (
     ObserveTask,
     Sample,
     StemTask,
+    WindowComparison,
     WindowLoss,
     WorkerSetup,
 )
@@ -52,13 +53,15 @@ class BlockWorker:
         group: Collective,
         synced: Callable[[int], None] = lambda index: None,
         files: OutputFiles | None = None,
+        reference: BlockWorker | None = None,
     ):
         """synced: called from another thread once this worker's share of a pruned block is on the disk.
 
-        files: how it reads and writes the output; None: its machine sees it.
+        files: how it reads and writes the output; None: its machine sees it. reference: a worker with the same samples
+        and another model, which this one is compared with.
         """
         return_large_blocks()
-        self._setup, self._synced = setup, synced
+        self._setup, self._synced, self._reference = setup, synced, reference
         self._watch = Stopwatch()
         self._group = Counted(group, self._count_moved, self._watch)
         self._moved_bytes = 0
@@ -241,19 +244,17 @@ class BlockWorker:
 
     def losses(self) -> list[WindowLoss]:
         """Return the mean next-token cross-entropy of each of this worker's samples."""
-        results = []
-        for number, sample in enumerate(self._samples):
-            logits = self.logits(number)[0, :-1]
-            targets = torch.tensor(sample.tokens[1:], device=self._device)
-            sums = []
-            for part, wanted in zip(torch.split(logits, 128), torch.split(targets, 128), strict=True):
-                if not torch.isfinite(part).all():
-                    raise RunError(
-                        f"the logits of window {sample.index} are not finite in {logits.dtype}; try --dtype float32"
-                    )
-                sums.append(float(functional.cross_entropy(part.float(), wanted, reduction="sum")))
-            results.append(WindowLoss(sample.index, math.fsum(sums) / len(targets), len(targets)))
-        return results
+        return [
+            window_loss(self.logits(number)[0], sample, self._device) for number, sample in enumerate(self._samples)
+        ]
+
+    def comparisons(self) -> list[WindowComparison]:
+        """Return how far each sample's predictions are from those of the reference, whose blocks it has left, too."""
+        assert self._reference is not None
+        return [
+            window_comparison(self._reference.logits(number)[0], self.logits(number)[0], sample, self._device)
+            for number, sample in enumerate(self._samples)
+        ]
 
     @property
     def doing(self) -> str:
@@ -266,7 +267,8 @@ class BlockWorker:
 
     def scratch_bytes(self) -> int:
         """Return the most that this worker has had in its scratch file."""
-        return self._disk_parking.peak_bytes if "_disk_parking" in self.__dict__ else 0
+        own = self._disk_parking.peak_bytes if "_disk_parking" in self.__dict__ else 0
+        return own + (self._reference.scratch_bytes() if self._reference is not None else 0)
 
     def _load(self, tensors: Sequence[ModuleTensor]) -> dict[str, Tensor]:
         """Read the block's tensors into the module; return them as on disk, by name."""

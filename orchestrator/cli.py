@@ -355,6 +355,9 @@ def inspect_command(
 def eval_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Model folder or hub id.")],
     text: Annotated[str, typer.Option(help="Text file, JSONL file or Hugging Face dataset.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Reference, as the dense model: KL divergence and agreement.")
+    ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window; default min(2048, context).")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows; default: all that the text has.")] = None,
     field: Annotated[str, typer.Option(help="Field that holds the text, in JSONL files and datasets.")] = "text",
@@ -379,6 +382,7 @@ def eval_command(
         result = evaluate(
             checkpoint,
             text,
+            against=against,
             seqlen=seqlen,
             windows=windows,
             field=field,
@@ -395,13 +399,17 @@ def eval_command(
             progress=progress,
         )
     if json_output:
-        finite = result.perplexity if math.isfinite(result.perplexity) else None
-        _print_json({**dataclasses.asdict(result), "perplexity": finite})
+        _print_json(_finite(dataclasses.asdict(result)))
     else:
         print(
             f"perplexity {result.perplexity:.4f} on {result.windows} windows of {result.seqlen} tokens, "
             f"{result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
         )
+        if result.against is not None:
+            print(
+                f"against {result.against.reference} (perplexity {result.against.perplexity:.4f}): KL divergence "
+                f"{result.against.divergence:.5f} nats per token, top-1 agreement {result.against.agreement:.2%}"
+            )
 
 
 @app.command("methods")
@@ -414,6 +422,13 @@ def methods_command(json_output: Json = False) -> None:
         _print_json(methods_as_json())
     else:
         print(methods_as_text())
+
+
+def _finite(document: Any) -> Any:
+    """Return a document with null in place of numbers that JSON does not have."""
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def _print_json(document: Any) -> None:

@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint, streamed: every worker holds one block at a time."""
+"""Perplexity of a checkpoint, and its distance from another, streamed: every worker holds one block at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.losses import TARGETS_AT_ONCE
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import parse_pattern
+from billhook.layerworkers.tasks import Sample, WindowComparison
 from billhook.layerworkers.worker import HEAD_SLICE_BYTES
 from billhook.orchestrator.budgets import DISK_RESERVE_BYTES, free_disk_bytes, resolve_budgets
 from billhook.orchestrator.calibration import (
@@ -44,6 +47,24 @@ from billhook.orchestrator.workers import (
     start_pool,
 )
 
+if TYPE_CHECKING:
+    from billhook.cluster.pool import WorkerPool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a checkpoint's predictions are from those of a reference, on the same windows."""
+
+    reference: str
+    """Folder or hub id."""
+    perplexity: float
+    """Of the reference."""
+    divergence: float
+    """Mean over the targets of the KL divergence ``sum_v p_v log(p_v / q_v)`` of the checkpoint's next-token
+    probabilities q from the reference's p, in nats per token."""
+    agreement: float
+    """Share of the targets before which both hold the same token to be the likeliest."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,12 +78,15 @@ class Evaluation:
     seqlen: int
     seconds: float
     peak_bytes: dict[str, int]
+    against: Comparison | None = None
+    """With the reference, where there is one."""
 
 
 def evaluate(
     checkpoint: str | Path,
     text: str | Path,
     *,
+    against: str | Path | None = None,
     seqlen: int | None = None,
     windows: int | None = None,
     field: str = "text",
@@ -80,9 +104,10 @@ def evaluate(
 ) -> Evaluation:
     """Compute the perplexity of ``checkpoint`` on the first ``windows`` non-overlapping windows of a text.
 
-    text: a text file, JSONL file or Hugging Face dataset. seqlen: tokens of a window, default min(2048, context).
-    windows: default all that the text has. vram, ram: budgets as of ``prune``. scratch: folder for hidden states that
-    they have no room for, default the system's for temporary files.
+    text: a text file, JSONL file or Hugging Face dataset. against: a reference with the same tokens, such as the dense
+    model; it passes first, and only its last hidden states are kept. seqlen: tokens of a window, default
+    min(2048, context). windows: default all that the text has. vram, ram: budgets as of ``prune``. scratch: folder for
+    hidden states that they have no room for, default the system's for temporary files.
 
     Raises:
         InputError: the request or the input is wrong, or does not fit the budgets.
@@ -96,57 +121,157 @@ def evaluate(
     if seqlen is not None and seqlen < 2:
         raise InputError(f"--seqlen {seqlen}: expected at least 2 tokens, since the first is no target")
     model = open_model(checkpoint, device, dtype, trust_remote_code)
-    length = seqlen or default_seqlen(model.config)
+    reference = None if against is None else open_model(against, device, dtype, trust_remote_code)
+    models = [model] if reference is None else [reference, model]
+    length = seqlen or min(default_seqlen(each.config) for each in models)
     check_context(length, model.config)
+    if reference is not None:
+        _check_alike(model, reference, length, str(against))
     tokenizer = load_tokenizer(model.checkpoint.folder, trust_remote_code)
     content = read_text(str(text), field, windows * length * CHARACTERS_PER_TOKEN if windows else None)
     cut = evaluation_windows(tokenizer, content, length, windows, bos, str(text))
+    if reference is not None:
+        theirs = load_tokenizer(reference.checkpoint.folder, trust_remote_code)
+        if evaluation_windows(theirs, content, length, windows, bos, str(text)).sha256 != cut.sha256:
+            raise InputError(
+                f"--against {against}: its tokenizer makes other tokens of {text} than that of {checkpoint}; compare "
+                "checkpoints of one model"
+            )
     most = resolve_workers(workers, model.device, threads, len(cut.tokens))
     check_gpus(most, model.device, address)
-    check_vocabulary(cut, model.layout.stem.embedding.shape[0], str(text))
+    check_vocabulary(cut, min(each.layout.stem.embedding.shape[0] for each in models), str(text))
     parked = user_path(scratch or tempfile.gettempdir())
-    arrangement = _arrange(model, len(cut.tokens), length, {"workers": workers, "vram": vram, "ram": ram}, most, parked)
+    arranged = _arrange_all(
+        models, len(cut.tokens), length, {"workers": workers, "vram": vram, "ram": ram}, most, parked
+    )
     report = no_progress if progress is None else progress
-    count, blocks = arrangement.workers, model.layout.blocks
-    setup = model.worker_setup(threads, arrangement.activations, str(parked))
+    count, setups = (
+        arranged[0].workers,
+        [each.worker_setup(threads, way.activations, str(parked)) for each, way in zip(models, arranged, strict=True)],
+    )
     wanted = Workers(count, threads, address, count)
     with (
         ray_for(wanted, model.device, report) as memory,
-        start_pool(setup, reserve_places(wanted, model.device, count, PATIENCE_SECONDS)) as pool,
+        start_pool(setups[0], reserve_places(wanted, model.device, count, PATIENCE_SECONDS)) as pool,
     ):
-        pool.start(model.layout.stem, deal_samples(cut, 1, pool.size))
-        for block in blocks:
-            later = blocks[block.index + 1 : block.index + 2] if arrangement.placements[block.index].read_ahead else ()
-            pool.forward_block(block.index, block.tensors, later[0].tensors if later else ())
-            report(Step("eval", block.index + 1, len(blocks), ""))
-        losses = pool.losses()
+        passed, total = 0, sum(len(each.layout.blocks) for each in models)
+        for number, (each, way) in enumerate(zip(models, arranged, strict=True)):
+            if number:
+                pool.compare_with_another(setups[number])
+            _forward(pool, each, way, deal_samples(cut, 1, pool.size), report, passed, total)
+            passed += len(each.layout.blocks)
+        comparisons = pool.comparisons() if reference is not None else []
+        losses = [each.loss for each in comparisons] or pool.losses()
         vram_peak, scratch_bytes = pool.peak_vram_bytes(), pool.scratch_bytes()
-    mean = math.fsum(loss.nats for loss in losses) / len(losses)
     return Evaluation(
-        math.exp(mean) if mean < 700 else math.inf,
+        _perplexity([loss.nats for loss in losses]),
         len(losses),
         sum(loss.targets for loss in losses),
         length,
         time.monotonic() - begin,
         {"vram": vram_peak, "ram": memory.peak_bytes, "disk": scratch_bytes},
+        _comparison(str(against), comparisons) if comparisons else None,
     )
 
 
-def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, workers: int, scratch: Path) -> Arrangement:
+def _forward(
+    pool: WorkerPool,
+    model: Model,
+    way: Arrangement,
+    samples: list[list[Sample]],
+    report: Progress,
+    begin: int,
+    total: int,
+) -> None:
+    """Carry the windows through all blocks of a model; ``begin`` of ``total`` blocks have been passed before."""
+    blocks = model.layout.blocks
+    pool.start(model.layout.stem, samples)
+    for block in blocks:
+        later = blocks[block.index + 1 : block.index + 2] if way.placements[block.index].read_ahead else ()
+        pool.forward_block(block.index, block.tensors, later[0].tensors if later else ())
+        report(Step("eval", begin + block.index + 1, total, ""))
+
+
+def _perplexity(nats: Sequence[float]) -> float:
+    mean = math.fsum(nats) / len(nats)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _comparison(reference: str, windows: Sequence[WindowComparison]) -> Comparison:
+    """Put the windows' comparisons together; all have as many targets."""
+    return Comparison(
+        reference,
+        _perplexity([each.reference_nats for each in windows]),
+        math.fsum(each.divergence_nats for each in windows) / len(windows),
+        sum(each.agreeing for each in windows) / sum(each.loss.targets for each in windows),
+    )
+
+
+def _check_alike(model: Model, reference: Model, seqlen: int, name: str) -> None:
+    """Check that the predictions of two models can be compared."""
+    ours, theirs = model.layout.stem.head.shape[0], reference.layout.stem.head.shape[0]
+    if ours != theirs:
+        raise InputError(
+            f"--against {name}: its vocabulary has {theirs} tokens, that of {model.checkpoint.folder} {ours}; compare "
+            "checkpoints of one model"
+        )
+    try:
+        check_context(seqlen, reference.config)
+    except InputError as error:
+        raise InputError(f"--against {name}: {error}") from error
+
+
+def _arrange_all(
+    models: Sequence[Model], windows: int, seqlen: int, limits: RunOptions, workers: int, scratch: Path
+) -> list[Arrangement]:
+    """Choose how each model passes, on as many workers each, and with hidden states in the same place.
+
+    Both models' hidden states are there at the end. Each is planned with as if both were as wide as the wider one.
+    """
+    by_width = sorted(models, key=lambda model: -model.config.get_text_config().hidden_size * _item_bytes(model))
+    logits = sum(_logits_bytes(model, seqlen) for model in models)
+    kept = len(models) * windows
+    made = {id(by_width[0]): _arrange(by_width[0], kept, seqlen, limits, workers, scratch, logits)}
+    first = made[id(by_width[0])]
+    for model in by_width[1:]:
+        fixed = cast(RunOptions, {**limits, "workers": first.workers})
+        made[id(model)] = _arrange(model, kept, seqlen, fixed, first.workers, scratch, logits, first.activations)
+    return [made[id(model)] for model in models]
+
+
+def _item_bytes(model: Model) -> int:
+    item: int = getattr(torch, model.dtype).itemsize
+    return item
+
+
+def _logits_bytes(model: Model, seqlen: int) -> int:
+    """Return what a window's logits take, with all that is made of them.
+
+    The logits, with the copies that capping makes; a slice of the head in both dtypes; and of 128 targets the logits
+    in float32, their log-probabilities, and whether they are finite.
+    """
+    entry, vocabulary = model.layout.stem.head, model.layout.stem.head.shape[0]
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
+    logits = (3 if capped else 1) * _item_bytes(model) * seqlen * vocabulary
+    return logits + 3 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 12 * TARGETS_AT_ONCE * vocabulary
+
+
+def _arrange(
+    model: Model,
+    windows: int,
+    seqlen: int,
+    limits: RunOptions,
+    workers: int,
+    scratch: Path,
+    logits_bytes: int,
+    activations: str = "auto",
+) -> Arrangement:
     """Choose where hidden states are kept and whether blocks are read ahead: a run that prunes nothing."""
     computed = {"method": "magnitude", "device": model.device, "dtype": model.dtype}
     sized = {"samples": windows, "seqlen": seqlen, "partition_samples": 1}
     recipe, resources = read_options(None, cast(RunOptions, {**computed, **sized, **limits}))
     method = METHODS["magnitude"]
     job = Job(recipe, method, method.options(), parse_pattern("unstructured", 0.0), windows)
-    own = own_bytes(os.getpid())
-    entry, vocabulary = model.layout.stem.head, model.layout.stem.head.shape[0]
-    item = getattr(torch, model.dtype).itemsize
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
-    # The logits, with the copies that capping makes; a slice of the head in both dtypes; and of 128 targets the
-    # logits in float32, their log-probabilities, and whether they are finite.
-    logits = (3 if capped else 1) * item * seqlen * vocabulary
-    logits += 3 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 12 * 128 * vocabulary
     budgets = resolve_budgets(resources.vram, resources.ram, None, model.device, None)
     return arrange(
         job,
@@ -154,8 +279,8 @@ def _arrange(model: Model, windows: int, seqlen: int, limits: RunOptions, worker
         replace(budgets, disk=max(0, free_disk_bytes(scratch) - DISK_RESERVE_BYTES)),
         measured_rates(model),
         range(workers, 0, -1) if resources.workers == "auto" else [workers],
-        own,
-        dict.fromkeys(("activations", "intermediates", "statistics"), "auto"),
+        own_bytes(os.getpid()),
+        {"activations": activations, "intermediates": "auto", "statistics": "auto"},
         0,
-        Need(logits, 0, 0),
+        Need(logits_bytes, 0, 0),
     )
