@@ -1,10 +1,11 @@
 """billhook's Python interface: what must be done, in what order, what is done.
 
 ``prune``, ``plan``, ``allocate``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same
-names do (``evaluate`` is ``billhook eval``, ``resume`` is ``billhook prune --resume``). They raise :class:`InputError`
-where the command line exits with 2, :class:`RunError` where it exits with 1, and :class:`Interrupted` where it exits
-with 130. ``progress=`` takes a function that is told of every :class:`Event`, such as ``print``, or what
-:func:`shown_progress` gives. They are imported on first use, so that importing this package does not import torch.
+names do (``evaluate`` and ``evaluate_tasks`` are ``billhook eval``, ``resume`` is ``billhook prune --resume``). They
+raise :class:`InputError` where the command line exits with 2, :class:`RunError` where it exits with 1, and
+:class:`Interrupted` where it exits with 130. ``progress=`` takes a function that is told of every :class:`Event`, such
+as ``print``, or what :func:`shown_progress` gives. They are imported on first use, so that importing this package does
+not import torch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from billhook.orchestrator.allocating import allocate
     from billhook.orchestrator.allocation import Allocation
     from billhook.orchestrator.driver import PruneResult, prune, resume
-    from billhook.orchestrator.evaluation import Evaluation, evaluate
+    from billhook.orchestrator.evaluation import Comparison, Evaluation, evaluate
     from billhook.orchestrator.event_log import read_events
     from billhook.orchestrator.events import Event
+    from billhook.orchestrator.harness import evaluate_tasks
     from billhook.orchestrator.inspection import Inspection, inspect
     from billhook.orchestrator.planning import Plan, plan
     from billhook.orchestrator.progress import shown_progress
@@ -37,6 +39,8 @@ _HOMES = {
     "Event": "events",
     "read_events": "event_log",
     "shown_progress": "progress",
+    "Comparison": "evaluation",
+    "evaluate_tasks": "harness",
     "inspect": "inspection",
     "Inspection": "inspection",
     "plan": "planning",
@@ -49,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "Allocation",
+    "Comparison",
     "Evaluation",
     "Event",
     "InputError",
@@ -61,6 +66,7 @@ __all__ = [
     "Verification",
     "allocate",
     "evaluate",
+    "evaluate_tasks",
     "inspect",
     "plan",
     "prune",

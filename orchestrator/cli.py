@@ -354,9 +354,15 @@ def inspect_command(
 @ending_with_code
 def eval_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Model folder or hub id.")],
-    text: Annotated[str, typer.Option(help="Text file, JSONL file or Hugging Face dataset.")],
+    text: Annotated[str | None, typer.Option(help="Text file, JSONL file or Hugging Face dataset.")] = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Reference, as the dense model: KL divergence and agreement.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness; it holds the whole model.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, as the harness's YAML files.")
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window; default min(2048, context).")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows; default: all that the text has.")] = None,
@@ -373,43 +379,47 @@ def eval_command(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Compute a checkpoint's perplexity on a text, one block in memory at a time."""
+    """Compute a checkpoint's perplexity on a text, one block in memory at a time; or run tasks on it."""
     from billhook.orchestrator.evaluation import evaluate
+    from billhook.orchestrator.harness import prepare_tasks, run_tasks
+    from billhook.orchestrator.printing import evaluation_as_text, tasks_as_text
     from billhook.orchestrator.progress import shown_progress
-    from billhook.orchestrator.units import gibibytes
 
-    with shown_progress() as progress:
-        result = evaluate(
-            checkpoint,
-            text,
-            against=against,
-            seqlen=seqlen,
-            windows=windows,
-            field=field,
-            bos=bos,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            workers=_given({"workers": workers})["workers"],
-            address=address,
-            vram=vram,
-            ram=ram,
-            scratch=scratch,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if json_output:
-        _print_json(_finite(dataclasses.asdict(result)))
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} on {result.windows} windows of {result.seqlen} tokens, "
-            f"{result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])}"
-        )
-        if result.against is not None:
-            print(
-                f"against {result.against.reference} (perplexity {result.against.perplexity:.4f}): KL divergence "
-                f"{result.against.divergence:.5f} nats per token, top-1 agreement {result.against.agreement:.2%}"
+    if text is None and tasks is None:
+        raise InputError("eval: expected --text FILE, --tasks NAME, or both")
+    if text is None and against is not None:
+        raise InputError("--against: is compared on a text; give --text, too")
+    if tasks is None and task_folder is not None:
+        raise InputError("--task-folder: say which of its tasks, with --tasks")
+    same: Any = {"dtype": dtype, "device": device, "vram": vram, "ram": ram, "trust_remote_code": trust_remote_code}
+    document: dict[str, Any] = {}
+    prepared = None if tasks is None else prepare_tasks(checkpoint, tasks.split(","), task_folder=task_folder, **same)
+    if text is not None:
+        with shown_progress() as progress:
+            result = evaluate(
+                checkpoint,
+                text,
+                against=against,
+                seqlen=seqlen,
+                windows=windows,
+                field=field,
+                bos=bos,
+                threads=threads,
+                workers=_given({"workers": workers})["workers"],
+                address=address,
+                scratch=scratch,
+                progress=progress,
+                **same,
             )
+        document |= dataclasses.asdict(result)
+        if not json_output:
+            print(evaluation_as_text(result))
+    if prepared is not None:
+        document["tasks"] = run_tasks(prepared)
+        if not json_output:
+            print(tasks_as_text(document["tasks"]))
+    if json_output:
+        _print_json(_finite(document))
 
 
 @app.command("methods")

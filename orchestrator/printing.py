@@ -1,12 +1,14 @@
-"""Plans, inspections and methods as text for people and as JSON for programs."""
+"""Plans, inspections, evaluations and methods as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from billhook.layerworkers.methods import METHODS, REFINEMENTS, Method, Refinement
 from billhook.orchestrator.allocation import ALLOCATORS, Allocation
+from billhook.orchestrator.evaluation import Evaluation
 from billhook.orchestrator.inspection import Inspection
 from billhook.orchestrator.placing import Arrangement
 from billhook.orchestrator.plan_warnings import plan_warnings
@@ -126,3 +128,22 @@ def allocation_as_text(allocation: Allocation) -> str:
     width = max(map(len, allocation.removed))
     rows = [f"{name:<{width}}  {float(allocation.sparsity_of(name)):8.4f}" for name in allocation.removed]
     return "\n".join([f"{'linear':<{width}}  sparsity", *rows, f"all together {float(allocation.sparsity):.4f}"])
+
+
+def evaluation_as_text(found: Evaluation) -> str:
+    """Return an evaluation as a line, and another where it is against a reference."""
+    text = (
+        f"perplexity {found.perplexity:.4f} on {found.windows} windows of {found.seqlen} tokens, "
+        f"{found.seconds:.1f} s, peak memory {gibibytes(found.peak_bytes['ram'])}"
+    )
+    if found.against is None:
+        return text
+    return text + (
+        f"\nagainst {found.against.reference} (perplexity {found.against.perplexity:.4f}): KL divergence "
+        f"{found.against.divergence:.5f} nats per token, top-1 agreement {found.against.agreement:.2%}"
+    )
+
+
+def tasks_as_text(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the metrics of tasks, one a line."""
+    return "\n".join(f"{task}  {metric}  {value:.4f}" for task, own in found.items() for metric, value in own.items())

@@ -118,6 +118,9 @@ def test_methods_lists_name_source_and_statistics(
     [
         (["prune", "no-such-model", "-o", "out"], "no such folder"),
         (["eval", "no-such-model", "--text", "x.txt"], "no such folder"),
+        (["eval", "no-such-model"], "expected --text FILE, --tasks NAME, or both"),
+        (["eval", "no-such-model", "--tasks", "piqa", "--against", "x"], "--against: is compared on a text"),
+        (["eval", "no-such-model", "--text", "x.txt", "--task-folder", "x"], "--task-folder: say which"),
         (["inspect", "no-such-model"], "no such folder"),
         (["verify", "no-such-output"], "no billhook run"),
         (["prune", "no-such-model"], "--output"),
