@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,15 @@ from billhook.layerworkers.lockstep import run_observed
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.solving import sum_over_workers
 from billhook.layerworkers.statistics import COLUMN_SQUARES, Accumulator
+
+T = TypeVar("T")
+
+LEVEL_BITS = 16
+"""Of a score's 32 bits those that are cut off where scores are counted by size."""
+
+LEVELS = 1 << (31 - LEVEL_BITS)
+
+SHARES = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,10 @@ class ScoreFacts:
     """Sum of the scores."""
     above: int
     """Scores above a multiple of the block's mean."""
+    above_own: int
+    """Scores above the same multiple of the linear's own mean."""
+    lost: tuple[float, ...]
+    """Of the squared scores' sum, the share of the smallest 0, 1, 2 ... 100 % of the entries: from 0 to 1."""
 
 
 def observe_scores(
@@ -75,11 +90,13 @@ def observe_scores(
     totals = _merged(group, {name: _total(weights[name], norms[name]) for name in dealt})
     entries = sum(weights[name].numel() for name in totals)
     limit = multiple * math.fsum(totals[name] for name in norms) / max(entries, 1)
-    above = _merged(group, {name: _above(weights[name], norms[name], limit) for name in dealt})
-    return [ScoreFacts(name, weights[name].numel(), totals[name], int(above[name])) for name in norms]
+    facts = _merged(
+        group, {name: _facts(name, weights[name], norms[name], totals[name], limit, multiple) for name in dealt}
+    )
+    return [facts[name] for name in norms]
 
 
-def _merged(group: Collective, own: Mapping[str, float]) -> dict[str, float]:
+def _merged(group: Collective, own: Mapping[str, T]) -> dict[str, T]:
     return {name: value for each in all_gather(group, dict(own)) for name, value in each.items()}
 
 
@@ -92,5 +109,24 @@ def _total(weight: Tensor, norms_C: Tensor) -> float:
     return math.fsum(float(scores.sum(dtype=torch.float64)) for scores in _scores(weight, norms_C))
 
 
-def _above(weight: Tensor, norms_C: Tensor, limit: float) -> int:
-    return sum(int((scores > limit).sum()) for scores in _scores(weight, norms_C))
+def _facts(name: str, weight: Tensor, norms_C: Tensor, total: float, limit: float, multiple: float) -> ScoreFacts:
+    own_limit = multiple * total / max(weight.numel(), 1)
+    above, above_own, counts = 0, 0, torch.zeros(LEVELS, dtype=torch.int64)
+    for scores in _scores(weight, norms_C):
+        above += int((scores > limit).sum())
+        above_own += int((scores > own_limit).sum())
+        levels = scores.view(torch.int32).bitwise_right_shift(LEVEL_BITS)
+        counts += torch.bincount(levels.flatten(), minlength=LEVELS).cpu()
+    return ScoreFacts(name, weight.numel(), total, above, above_own, _lost(counts.numpy()))
+
+
+def _lost(counts: np.ndarray) -> tuple[float, ...]:
+    """Return :attr:`ScoreFacts.lost`, given how many scores there are of each level: all those of one count alike."""
+    levels = np.flatnonzero(counts)
+    middles = ((levels.astype(np.int32) << LEVEL_BITS) + (1 << (LEVEL_BITS - 1))).astype(np.int32).view(np.float32)
+    middles[levels == 0] = 0.0
+    squares = np.concatenate([[0.0], np.cumsum(counts[levels] * middles.astype(np.float64) ** 2)])
+    entries = np.concatenate([[0], np.cumsum(counts[levels])])
+    if not squares[-1]:
+        return tuple(float(share) for share in SHARES)
+    return tuple(float(lost) for lost in np.interp(SHARES * entries[-1], entries, squares) / squares[-1])

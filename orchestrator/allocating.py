@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Unpack
+from typing import TypeVar, Unpack
 
+import numpy as np
+
+from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
+from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import ObserveTask
 from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation, read_allocation, write_allocation
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
+from billhook.orchestrator.allocation.spectra import spectrum, spectrum_bytes
+from billhook.orchestrator.budgets import resolve_budgets
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary, deal_samples
 from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.journal import FOLDER
@@ -26,6 +34,8 @@ from billhook.orchestrator.planning import Plan, make_plan, with_workers
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
 from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
+
+T = TypeVar("T")
 
 STORED = "allocation"
 """Begin of the names of the files in the run's folder that hold what was found out."""
@@ -103,13 +113,20 @@ def allocated(
             matrices = matrices_of(request.recipe.method, request.linears)
             return replace(request, allocation=read_allocation(str(stored), matrices))
 
-    def histograms() -> list[Histogram]:
+    def of_weights(found_in: Callable[[TensorEntry], T]) -> list[list[T]]:
         entries = {tensor.entry.name: tensor.entry for block in request.model.layout.blocks for tensor in block.tensors}
         found = []
         for number, block in enumerate(request.linears):
-            found += [histogram(entries[linear.disk_name]) for linear in block]
+            found.append([found_in(entries[linear.disk_name]) for linear in block])
             report(Step("allocate", number + 1, len(request.linears), ""))
         return found
+
+    def histograms() -> list[Histogram]:
+        return [each for block in of_weights(histogram) for each in block]
+
+    def spectra() -> list[list[np.ndarray]]:
+        _check_room_for_spectra(request, resources)
+        return of_weights(spectrum)
 
     def scores(multiple: float) -> list[list[ScoreFacts]]:
         scratch = folder / FOLDER if (folder / FOLDER).is_dir() else None
@@ -120,9 +137,25 @@ def allocated(
             f"--allocation {request.recipe.allocation} looks at calibration samples, which --method "
             f"{request.recipe.method} does without; choose another of the two"
         )
-    return replace(
-        request, allocation=allocation_of(request.recipe, request.linears, request.pattern, histograms, scores)
+    found = allocation_of(request.recipe, request.linears, request.pattern, histograms, spectra, scores)
+    return replace(request, allocation=found)
+
+
+def _check_room_for_spectra(request: Request, resources: Resources) -> None:
+    """Check that the largest linear's spectrum can be computed within the budget of this node's memory."""
+    names = {linear.disk_name for block in request.linears for linear in block}
+    need = own_bytes(os.getpid()) + max(
+        spectrum_bytes(tensor.entry)
+        for block in request.model.layout.blocks
+        for tensor in block.tensors
+        if tensor.entry.name in names
     )
+    room = resolve_budgets(resources.vram, resources.ram, None, request.model.device, None).ram
+    if need > room:
+        raise InputError(
+            f"--ram {room >> 20}MiB: --allocation {request.recipe.allocation} needs {-(-need >> 20)}MiB for the "
+            "spectrum of the largest linear"
+        )
 
 
 def store(request: Request, windows: Windows | None, output: Path) -> None:

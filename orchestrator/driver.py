@@ -32,7 +32,7 @@ from billhook.orchestrator.events import (
     sparsity_of,
     together,
 )
-from billhook.orchestrator.history import History, branch_point, read_history
+from billhook.orchestrator.history import History, branch_point, check_beforehand, read_history
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
@@ -151,8 +151,11 @@ def _prune(
         report = together(functools.partial(log, target), progress)
         try:
             # What is refused changes nothing: the log of a run that is there grows once it is clear that it goes on.
+            sha256 = windows.sha256 if windows else None
+            if not request.is_allocated:
+                check_beforehand(history, request.fingerprint(sha256), from_block, force, str(target))
             request = allocated(request, resources, windows, target, progress if history.decided else report)
-            fingerprint = request.fingerprint(windows.sha256 if windows else None)
+            fingerprint = request.fingerprint(sha256)
             branch = branch_point(history, fingerprint, from_block, force, str(target))
             if history.done is not None and branch is None:
                 linears = _reports(history)

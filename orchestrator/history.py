@@ -138,6 +138,24 @@ def branch_point(
     return from_block
 
 
+def check_beforehand(
+    history: History, fingerprint: dict[str, Any], from_block: int | None, force: bool, name: str
+) -> None:
+    """Check what :func:`branch_point` checks, before it is known what each linear loses.
+
+    That is taken to be what the same allocator found for the run that is there.
+
+    Raises:
+        InputError: as :func:`branch_point`.
+    """
+    recipe = dict(fingerprint["recipe"])
+    if history.decided:
+        recorded = str(history.decided[-1].fingerprint["recipe"]["allocation"])
+        if recorded.partition(" ")[0] == recipe["allocation"]:
+            recipe["allocation"] = recorded
+    branch_point(history, {**fingerprint, "recipe": recipe}, from_block, force, name)
+
+
 def _same_inputs(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether blocks that both plans have pruned alike hand on the same hidden states."""
 

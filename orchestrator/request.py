@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from billhook.layerworkers.errors import InputError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import Method, method_named
@@ -174,7 +176,7 @@ def _allocation(
     allocator_options(recipe.allocation, recipe.allocation_options)
     if ALLOCATORS[recipe.allocation].needs != "shapes":
         return None
-    return allocation_of(recipe, chosen, pattern, None, None)
+    return allocation_of(recipe, chosen, pattern, None, None, None)
 
 
 def allocation_of(
@@ -182,17 +184,20 @@ def allocation_of(
     chosen: tuple[tuple[Linear, ...], ...],
     pattern: Pattern,
     histograms: Callable[[], list[Histogram]] | None,
+    spectra: Callable[[], list[list[np.ndarray]]] | None,
     scores: Callable[[float], Sequence[Sequence[ScoreFacts]]] | None,
 ) -> Allocation:
     """Return what the recipe's allocator makes of the linears chosen.
 
-    histograms, scores: see :class:`Evidence`; None where the allocator does not need them.
+    histograms, spectra, scores: see :class:`Evidence`; None where the allocator does not need them.
     """
 
     def unknown(*_: object) -> Any:
         raise AssertionError(f"{recipe.allocation} looks at what it does not declare")
 
-    evidence = Evidence(matrices_of(recipe.method, chosen), histograms or unknown, scores or unknown)
+    evidence = Evidence(
+        matrices_of(recipe.method, chosen), histograms or unknown, spectra or unknown, scores or unknown
+    )
     options = allocator_options(recipe.allocation, recipe.allocation_options)
     return allocated(recipe.allocation, options, evidence, pattern.sparsity)
 

@@ -6,8 +6,9 @@ counts of it that add up.
 
 from __future__ import annotations
 
-from billhook.orchestrator.allocation.allocators import ALLOCATORS, UNIFORM, Allocator, Evidence
+from billhook.orchestrator.allocation.allocators import ALLOCATORS, UNIFORM
 from billhook.orchestrator.allocation.budget import Matrix, to_budget
+from billhook.orchestrator.allocation.contract import Allocator, Evidence
 from billhook.orchestrator.allocation.table import (
     Allocation,
     allocated,

@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from billhook.layerworkers.errors import InputError
-from billhook.layerworkers.observing import ScoreFacts
-from billhook.orchestrator.allocation.budget import Matrix
-from billhook.orchestrator.allocation.magnitudes import Histogram
+from billhook.orchestrator.allocation.alphapruning import AlphaPruningOptions, alphapruning
+from billhook.orchestrator.allocation.contract import (
+    Allocator,
+    Evidence,
+    NoOptions,
+    below,
+    check_spread,
+    of_blocks,
+    spread_out,
+)
+from billhook.orchestrator.allocation.knapsack import error_knapsack
+from billhook.orchestrator.allocation.mosaic import MosaicOptions, mosaic
 
 UNIFORM = "uniform"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What an allocator may look at; only what is called is found out."""
-
-    matrices: Sequence[Matrix]
-    histograms: Callable[[], Sequence[Histogram]]
-    """Returns the magnitudes of each matrix: all weights are read."""
-    scores: Callable[[float], Sequence[Sequence[ScoreFacts]]]
-    """Returns Wanda's scores in the dense model, of the matrices of each block, given the multiple of the block's mean
-    above which they are counted: the calibration samples pass the model."""
-
-
-@dataclass(frozen=True)
-class Allocator:
-    """One row of the table of allocators."""
-
-    name: str
-    source: str
-    """Paper and section."""
-    summary: str
-    needs: str
-    """``shapes``, ``weights``, or ``tokens``: calibration samples."""
-    options: type[Any]
-    """A frozen dataclass of the allocator's own options, each a number with a default."""
-    sparsities: Callable[[Evidence, float, Any], list[float]]
-    """``sparsities(evidence, sparsity, options)``: of each matrix; they need not add up."""
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """There are none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +36,7 @@ class OwlOptions:
     def __post_init__(self) -> None:
         if not 0 < self.outlier < float("inf"):
             raise InputError(f"outlier={self.outlier}: expected a positive number, for example 5")
-        _check_spread(self.spread)
+        check_spread(self.spread)
 
 
 @dataclass(frozen=True)
@@ -73,12 +47,7 @@ class DlpOptions:
     """Half the distance of the sparsest block from the densest; between 0 and 0.5."""
 
     def __post_init__(self) -> None:
-        _check_spread(self.spread)
-
-
-def _check_spread(spread: float) -> None:
-    if not 0 <= spread <= 0.5:
-        raise InputError(f"spread={spread}: expected a number between 0 and 0.5, for example 0.08")
+        check_spread(self.spread)
 
 
 def uniform(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
@@ -104,7 +73,7 @@ def erk(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
 def global_magnitude(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
     """Return the shares of each matrix that lie below one threshold of ``|W|`` for all of them."""
     found = evidence.histograms()
-    return _below([each.counts for each in found], [each.squares for each in found], sparsity)
+    return below([each.counts for each in found], [each.squares for each in found], sparsity)
 
 
 def lamp(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]:
@@ -117,14 +86,14 @@ def lamp(evidence: Evidence, sparsity: float, options: NoOptions) -> list[float]
     for each in found:
         tails = np.cumsum((each.counts * each.squares)[::-1])[::-1]
         scores.append(np.divide(each.squares, tails, out=np.zeros_like(tails), where=tails > 0))
-    return _below([each.counts for each in found], scores, sparsity)
+    return below([each.counts for each in found], scores, sparsity)
 
 
 def owl(evidence: Evidence, sparsity: float, options: OwlOptions) -> list[float]:
     """Return sparsities by OWL: blocks in which more scores are outliers stay denser."""
     blocks = [block for block in evidence.scores(options.outlier) if block]
     shares = [sum(each.above for each in block) / max(1, sum(each.entries for each in block)) for block in blocks]
-    return _of_blocks(blocks, evidence, spread_out(shares, sparsity, options.spread))
+    return of_blocks(blocks, evidence, spread_out(shares, sparsity, options.spread))
 
 
 def dlp(evidence: Evidence, sparsity: float, options: DlpOptions) -> list[float]:
@@ -135,43 +104,7 @@ def dlp(evidence: Evidence, sparsity: float, options: DlpOptions) -> list[float]
     blocks = [block for block in evidence.scores(1.0) if block]
     means = [math.fsum(each.total for each in block) / max(1, sum(each.entries for each in block)) for block in blocks]
     whole = math.fsum(means) or 1.0
-    return _of_blocks(blocks, evidence, spread_out([1 - mean / whole for mean in means], sparsity, options.spread))
-
-
-def spread_out(scores: Sequence[float], sparsity: float, spread: float) -> list[float]:
-    """Return sparsities of blocks whose densities rise with the scores: from lowest to highest by twice ``spread``.
-
-    ``d = 2 spread (D - min D) / (max D - min D)``; the density is ``d - mean d + 1 - sparsity`` (OWL, section 3.3).
-    """
-    low, high = min(scores), max(scores)
-    if high == low:
-        return [sparsity] * len(scores)
-    raised = [2 * spread * (score - low) / (high - low) for score in scores]
-    mean = math.fsum(raised) / len(raised)
-    return [sparsity - each + mean for each in raised]
-
-
-def _of_blocks(blocks: Sequence[Sequence[ScoreFacts]], evidence: Evidence, sparsities: Sequence[float]) -> list[float]:
-    """Return each matrix's sparsity, given those of the blocks."""
-    by_name = {each.name: sparsity for block, sparsity in zip(blocks, sparsities, strict=True) for each in block}
-    return [by_name[matrix.name] for matrix in evidence.matrices]
-
-
-def _below(counts: Sequence[np.ndarray], scores: Sequence[np.ndarray], sparsity: float) -> list[float]:
-    """Return each matrix's share of counts that belong to the smallest scores, of which there are as many as asked.
-
-    counts, scores: of each matrix, by its levels. What the last score taken has too many is divided by their numbers.
-    """
-    all_counts, all_scores = np.concatenate(counts), np.concatenate(scores)
-    order = np.argsort(all_scores, kind="stable")
-    running = np.cumsum(all_counts[order])
-    wanted = int(sparsity * running[-1])
-    threshold = all_scores[order[np.searchsorted(running, wanted)]] if wanted else -1.0
-    below = np.array([float(n[score < threshold].sum()) for n, score in zip(counts, scores, strict=True)])
-    tied = np.array([float(n[score == threshold].sum()) for n, score in zip(counts, scores, strict=True)])
-    if tied.sum():
-        below += tied * ((wanted - below.sum()) / tied.sum())
-    return [float(share / n.sum()) for share, n in zip(below, counts, strict=True)]
+    return of_blocks(blocks, evidence, spread_out([1 - mean / whole for mean in means], sparsity, options.spread))
 
 
 ALLOCATORS: dict[str, Allocator] = {
@@ -217,6 +150,30 @@ ALLOCATORS: dict[str, Allocator] = {
             "tokens",
             DlpOptions,
             dlp,
+        ),
+        Allocator(
+            "alphapruning",
+            "Lu et al., AlphaPruning, NeurIPS 2024, section 3",
+            "blocks whose spectra have heavier tails stay denser",
+            "weights",
+            AlphaPruningOptions,
+            alphapruning,
+        ),
+        Allocator(
+            "mosaic",
+            "Mosaic: composite projection pruning, 2025, its projection ratios",
+            "OWL for each projection by itself, over the blocks",
+            "tokens",
+            MosaicOptions,
+            mosaic,
+        ),
+        Allocator(
+            "error-knapsack",
+            "billhook; in the manner of SPDY (Frantar & Alistarh, ICML 2022)",
+            "the smallest sum of the linears' relative errors, as Wanda estimates them",
+            "tokens",
+            NoOptions,
+            error_knapsack,
         ),
     )
 }

@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from billhook.layerworkers.errors import InputError, nearest
-from billhook.orchestrator.allocation.allocators import ALLOCATORS, Evidence
+from billhook.orchestrator.allocation.allocators import ALLOCATORS
 from billhook.orchestrator.allocation.budget import Matrix, to_budget
+from billhook.orchestrator.allocation.contract import Evidence
 from billhook.orchestrator.paths import user_path
 
 

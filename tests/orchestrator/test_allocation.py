@@ -19,7 +19,9 @@ from steps import step_of
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator import InputError, allocate, prune, verify
 from billhook.orchestrator.allocation import ALLOCATORS, Evidence, Matrix, read_allocation, to_budget
+from billhook.orchestrator.allocation.alphapruning import from_exponents, tail_exponent
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
+from billhook.orchestrator.allocation.spectra import spectrum
 from billhook.orchestrator.checkpoint import open_file
 from billhook.orchestrator.events import Event
 from billhook.orchestrator.recipe import merged_options, read_options
@@ -54,11 +56,17 @@ def test_budgets_are_exact_and_within_what_can_be_removed(
 
 
 def shares(
-    name: str, matrices: list[Matrix], sparsity: float, found: Any = None, scores: Any = None, **options: Any
+    name: str,
+    matrices: list[Matrix],
+    sparsity: float,
+    found: Any = None,
+    scores: Any = None,
+    spectra: Any = None,
+    **options: Any,
 ) -> list[float]:
     """What an allocator makes of the evidence given."""
     allocator = ALLOCATORS[name]
-    evidence = Evidence(matrices, lambda: found, lambda multiple: scores)
+    evidence = Evidence(matrices, lambda: found, lambda: spectra, lambda multiple: scores)
     return allocator.sparsities(evidence, sparsity, allocator.options(**options))
 
 
@@ -133,9 +141,16 @@ def test_histograms_count_magnitudes_in_pieces(
     assert (found.counts * found.squares).sum() == pytest.approx(float(expected))
 
 
+EVEN = tuple(number / 100 for number in range(101))
+"""What is lost of scores that are all alike."""
+
+
 def blocks_of(*shares_above: float, total: float = 100.0) -> list[list[ScoreFacts]]:
     return [
-        [ScoreFacts(f"{number}.a", 1000, total, int(1000 * share)), ScoreFacts(f"{number}.b", 1000, total, 0)]
+        [
+            ScoreFacts(f"{number}.a", 1000, total, int(1000 * share), int(1000 * share), EVEN),
+            ScoreFacts(f"{number}.b", 1000, total, 0, 10, EVEN),
+        ]
         for number, share in enumerate(shares_above)
     ]
 
@@ -166,6 +181,107 @@ def test_dlp_makes_the_block_with_the_largest_scores_the_sparsest() -> None:
     assert max(found) - min(found) == pytest.approx(0.3)
     assert sum(found) / 6 == pytest.approx(0.5)
     assert found[0] < found[4] < found[2]
+
+
+def test_mosaic_is_owl_for_each_kind_of_linear() -> None:
+    matrices = [Matrix(f"{number}.{name}", 10, 100) for number in range(3) for name in "ab"]
+    found = shares("mosaic", matrices, 0.7, scores=blocks_of(0.01, 0.05, 0.03), spread=0.1)
+    assert found[::2] == shares("owl", matrices, 0.7, scores=blocks_of(0.01, 0.05, 0.03), spread=0.1)[::2]
+    assert found[1::2] == [0.7] * 3, "these are all alike"
+
+
+def test_the_experts_of_a_block_are_one_linear_to_mosaic() -> None:
+    names = [f"layers.{block}.experts.{expert}.w1.weight" for block in range(2) for expert in range(2)]
+    facts = [ScoreFacts(name, 100, 1.0, 0, above, EVEN) for name, above in zip(names, (10, 0, 20, 30), strict=True)]
+    matrices = [Matrix(name, 10, 10) for name in names]
+    found = shares("mosaic", matrices, 0.5, scores=[facts[:2], facts[2:]])
+    assert found == pytest.approx([0.58, 0.58, 0.42, 0.42])
+
+
+def squared(*scores: float) -> tuple[float, ...]:
+    """What is lost of so many scores."""
+    ascending = np.concatenate([[0], np.cumsum(np.square(sorted(scores)))])
+    return tuple(np.interp(np.linspace(0, len(scores), 101), range(len(scores) + 1), ascending) / ascending[-1])
+
+
+def test_the_knapsack_has_the_smallest_sum_of_errors_that_brute_force_finds() -> None:
+    generator = np.random.default_rng(0)
+    scores = [generator.lognormal(sigma=sigma, size=size) for sigma, size in ((0.3, 10), (1.5, 20), (0.8, 10))]
+    matrices = [Matrix(str(number), 1, len(each)) for number, each in enumerate(scores)]
+    facts = [ScoreFacts(str(number), len(each), 0.0, 0, 0, squared(*each)) for number, each in enumerate(scores)]
+    found = shares("error-knapsack", matrices, 0.6, scores=[facts[:1], [], facts[1:]])
+    assert sum(share * matrix.size for share, matrix in zip(found, matrices, strict=True)) == pytest.approx(24)
+
+    def error(counts: list[float]) -> float:
+        grid = np.linspace(0, 1, 101)
+        return sum(
+            float(np.interp(count / matrix.size, grid, each.lost))
+            for count, matrix, each in zip(counts, matrices, facts, strict=True)
+        )
+
+    best = min(
+        error([first, 24 - first - third, third])
+        for first in range(11)
+        for third in range(11)
+        if 0 <= 24 - first - third <= 20
+    )
+    ours = error([share * matrix.size for share, matrix in zip(found, matrices, strict=True)])
+    assert ours <= best + 1e-9
+    assert error([6, 12, 6]) > 1.2 * ours, "uniform is worse"
+
+
+def test_the_knapsack_of_equal_linears_is_uniform() -> None:
+    matrices = [Matrix(f"{number}.{name}", 10, 100) for number in range(3) for name in "ab"]
+    assert shares("error-knapsack", matrices, 0.375, scores=blocks_of(0.1, 0.2, 0.3)) == pytest.approx([0.375] * 6)
+
+
+# Block means of Llama-2-7B's exponents, from which AlphaPruning at 70 % with a spread of 0.3 makes these sparsities.
+EXPONENTS = """
+2.136 2.706 3.123 3.124 3.142 3.133 3.013 3.072 2.808 2.910 2.714 2.676 2.844 3.013 3.052 3.121 3.439 3.688 3.976 3.805
+4.334 4.274 4.197 4.121 4.195 4.093 3.699 4.244 4.158 4.085 4.278 3.483"""
+SPARSITIES = """
+.4619 .5647 .6397 .6398 .6431 .6415 .6198 .6305 .5830 .6013 .5660 .5592 .5894 .6198 .6268 .6394 .6965 .7414 .7933 .7624
+.8578 .8470 .8331 .8193 .8327 .8144 .7434 .8415 .8261 .8130 .8476 .7046"""
+
+
+def test_alphapruning_makes_of_exponents_what_the_authors_make() -> None:
+    exponents = [float(number) for number in EXPONENTS.split()]
+    expected = [float(number) for number in SPARSITIES.split()]
+    found = from_exponents(exponents, [1.0] * 32, 0.7, 0.3)
+    assert found == pytest.approx(expected, abs=2.5e-4)  # the exponents are rounded
+    assert sum(found) / 32 == pytest.approx(0.7)
+    assert from_exponents([2.0, 2.0], [1.0, 3.0], 0.6, 0.3) == [0.6, 0.6]
+    first, second, third = from_exponents([2.0, 4.0, float("nan")], [1.0, 3.0, 1.0], 0.5, 0.2)
+    assert (first + 3 * second + third) / 5 == pytest.approx(0.5)
+    assert first < third < second
+
+
+def test_hills_estimate_finds_the_exponent_of_a_power_law() -> None:
+    uniform = np.random.default_rng(0).random(40_000)
+    for alpha in (1.5, 2.5, 4.0):
+        values = np.sort(uniform ** (-1 / (alpha - 1)))
+        assert tail_exponent(values) == pytest.approx(alpha, rel=0.03)
+        assert tail_exponent(64.0 * values) == pytest.approx(tail_exponent(values), rel=1e-6), "of any scale"
+    assert np.isnan(tail_exponent(np.zeros(5)))
+    assert np.isnan(tail_exponent(np.ones(5)))
+
+
+@pytest.mark.parametrize("shape", [(30, 70), (70, 30)])
+def test_spectra_are_squared_singular_values(
+    tmp_path: Path, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.orchestrator.inspection.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("billhook.orchestrator.allocation.spectra.BAND", 16)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    (entry,) = open_file(tmp_path / "w.safetensors").entries
+    expected = torch.linalg.svdvals(weight.double()).square().flip(0).numpy()
+    assert spectrum(entry) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_spectrum_that_does_not_fit_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--ram 1MiB: --allocation alphapruning needs \d+MiB"):
+        allocate(llama, tmp_path / "table.json", allocation="alphapruning", method="magnitude", ram="1MiB")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -212,6 +328,8 @@ def test_scores_are_those_of_the_dense_model(
             assert each.entries == own.numel()
             assert each.total == pytest.approx(float(own.sum()), rel=1e-4)
             assert each.above == pytest.approx(int((own > 2.0 * mean).sum()), abs=3)
+            assert each.above_own == pytest.approx(int((own > 2.0 * own.mean()).sum()), abs=3)
+            assert each.lost == pytest.approx(squared(*own.flatten().tolist()), rel=2e-3, abs=1e-6)
 
 
 def test_a_run_by_owl_passes_the_dense_model_once_and_goes_on_with_what_it_found(
@@ -236,6 +354,13 @@ def test_a_run_by_owl_passes_the_dense_model_once_and_goes_on_with_what_it_found
     assert len(set(by_block)) > 1
     assert verify(tmp_path / "out").ok
     steps.clear()
+    with pytest.raises(InputError, match=r"another plan; .*seed"):
+        prune(llama, tmp_path / "out", progress=progress, **{**options, "seed": 1})
+    with pytest.raises(InputError, match=r"another plan; .*allocation: 'owl .*dlp"):
+        prune(llama, tmp_path / "out", progress=progress, **{**options, "allocation": "dlp", "samples": 5})
+    with pytest.raises(InputError, match=r"--from-block 9"):
+        prune(llama, tmp_path / "out", from_block=9, progress=progress, **{**options, "sparsity": 0.5})
+    assert "allocate" not in steps, "what is known beforehand is said beforehand"
     again = prune(llama, tmp_path / "out", progress=progress, **options)
     assert again.already_finished
     assert "allocate" not in steps
@@ -274,7 +399,7 @@ def linears(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("allocation", "method"), [("erk", "magnitude"), ("lamp", "wanda"), ("global-magnitude", "sparsegpt")]
+    ("allocation", "method"), [("erk", "magnitude"), ("lamp", "wanda"), ("alphapruning", "sparsegpt")]
 )
 def test_a_run_follows_its_allocation(
     llama: Path, text_file: Path, tmp_path: Path, ray_cluster: None, allocation: str, method: str
