@@ -10,7 +10,10 @@ from billhook.layerworkers.errors import InputError
 from billhook.orchestrator.allocation.contract import Evidence
 
 BINS = 100
-"""Of the histogram of a spectrum's logarithms whose peak is where the tail begins."""
+"""Of the histogram of a spectrum's logarithms: near the lower end of the fullest the tail begins."""
+
+NEAR = (0.95, 1.5)
+"""What is near it, in multiples."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,31 @@ def alphapruning(evidence: Evidence, sparsity: float, options: AlphaPruningOptio
 
 
 def tail_exponent(spectrum: np.ndarray) -> float:
-    """Return Hill's estimate of a spectrum's power law ``p(x) ~ x^-alpha`` above ``x_min``; NaN where there is no tail.
+    """Return Hill's estimate of a spectrum's power law ``p(x) ~ x^-alpha`` in its tail; NaN where there is none.
 
     spectrum: [N] float64, squared singular values, ascending. ``alpha = 1 + n / sum ln(x_i / x_min)`` over the n values
-    from ``x_min`` on: the lower end of that of :data:`BINS` equal parts of the logarithms' range in which most values
-    lie (the first of these). What rounding has left of zeros is no value.
+    from ``x_min`` on. Of the values near the peak of the histogram of ``ln x``, that one is ``x_min`` whose tail is
+    nearest to its power law by Kolmogorov's and Smirnov's distance; the authors' code means to do so, but compares one
+    end of what is near with the logarithm of the other. What rounding has left of zeros is no value.
     """
     if not len(spectrum) or spectrum[-1] <= 0:
         return float("nan")
     logarithms = np.log(spectrum[spectrum > spectrum[-1] * len(spectrum) * np.finfo(np.float64).eps])
     counts, edges = np.histogram(logarithms, BINS)
-    begin = edges[np.argmax(counts)]
-    tail = logarithms[logarithms >= begin] - begin
-    return float(1 + len(tail) / tail.sum()) if tail.sum() > 0 else float("nan")
+    peak = edges[np.argmax(counts)]
+    first, last = np.searchsorted(logarithms, peak + np.log(NEAR))
+    exponents = [_power_law(logarithms[begin:]) for begin in range(first, max(last, first + 1))]
+    return min(exponents, key=lambda found: found[1])[0]
+
+
+def _power_law(tail: np.ndarray) -> tuple[float, float]:
+    """Return the exponent of a tail, given ascending logarithms, and its distance from the power law."""
+    raised = tail - tail[0]
+    if not raised.sum() > 0:
+        return float("nan"), float("inf")
+    exponent = 1 + len(tail) / raised.sum()
+    below = np.arange(len(tail)) / len(tail)
+    return float(exponent), float(np.abs(1 - np.exp((1 - exponent) * raised) - below).max())
 
 
 def from_exponents(exponents: list[float], entries: list[float], sparsity: float, spread: float) -> list[float]:

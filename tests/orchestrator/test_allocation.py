@@ -257,10 +257,10 @@ def test_alphapruning_makes_of_exponents_what_the_authors_make() -> None:
 
 
 def test_hills_estimate_finds_the_exponent_of_a_power_law() -> None:
-    uniform = np.random.default_rng(0).random(40_000)
+    uniform = np.random.default_rng(0).random(4_000)
     for alpha in (1.5, 2.5, 4.0):
         values = np.sort(uniform ** (-1 / (alpha - 1)))
-        assert tail_exponent(values) == pytest.approx(alpha, rel=0.03)
+        assert tail_exponent(values) == pytest.approx(alpha, rel=0.08)
         assert tail_exponent(64.0 * values) == pytest.approx(tail_exponent(values), rel=1e-6), "of any scale"
     assert np.isnan(tail_exponent(np.zeros(5)))
     assert np.isnan(tail_exponent(np.ones(5)))
