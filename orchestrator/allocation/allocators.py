@@ -18,7 +18,7 @@ from billhook.orchestrator.allocation.contract import (
     of_blocks,
     spread_out,
 )
-from billhook.orchestrator.allocation.knapsack import error_knapsack
+from billhook.orchestrator.allocation.knapsack import KnapsackOptions, error_knapsack
 from billhook.orchestrator.allocation.mosaic import MosaicOptions, mosaic
 
 UNIFORM = "uniform"
@@ -172,7 +172,7 @@ ALLOCATORS: dict[str, Allocator] = {
             "billhook; in the manner of SPDY (Frantar & Alistarh, ICML 2022)",
             "the smallest sum of the linears' relative errors, as Wanda estimates them",
             "tokens",
-            NoOptions,
+            KnapsackOptions,
             error_knapsack,
         ),
     )

@@ -209,7 +209,7 @@ def test_the_knapsack_has_the_smallest_sum_of_errors_that_brute_force_finds() ->
     scores = [generator.lognormal(sigma=sigma, size=size) for sigma, size in ((0.3, 10), (1.5, 20), (0.8, 10))]
     matrices = [Matrix(str(number), 1, len(each)) for number, each in enumerate(scores)]
     facts = [ScoreFacts(str(number), len(each), 0.0, 0, 0, squared(*each)) for number, each in enumerate(scores)]
-    found = shares("error-knapsack", matrices, 0.6, scores=[facts[:1], [], facts[1:]])
+    found = shares("error-knapsack", matrices, 0.6, scores=[facts[:1], [], facts[1:]], spread=0.5)
     assert sum(share * matrix.size for share, matrix in zip(found, matrices, strict=True)) == pytest.approx(24)
 
     def error(counts: list[float]) -> float:
@@ -223,16 +223,48 @@ def test_the_knapsack_has_the_smallest_sum_of_errors_that_brute_force_finds() ->
         error([first, 24 - first - third, third])
         for first in range(11)
         for third in range(11)
-        if 0 <= 24 - first - third <= 20
+        if 0.1 * 20 <= 24 - first - third <= 20 and min(first, third) >= 0.1 * 10
     )
     ours = error([share * matrix.size for share, matrix in zip(found, matrices, strict=True)])
     assert ours <= best + 1e-9
     assert error([6, 12, 6]) > 1.2 * ours, "uniform is worse"
+    near = shares("error-knapsack", matrices, 0.6, scores=[facts[:1], [], facts[1:]], spread=0.1)
+    assert sum(share * matrix.size for share, matrix in zip(near, matrices, strict=True)) == pytest.approx(24)
+    assert min(near) == pytest.approx(0.5)
+    assert max(near) <= 0.7 + 1e-9
 
 
 def test_the_knapsack_of_equal_linears_is_uniform() -> None:
     matrices = [Matrix(f"{number}.{name}", 10, 100) for number in range(3) for name in "ab"]
     assert shares("error-knapsack", matrices, 0.375, scores=blocks_of(0.1, 0.2, 0.3)) == pytest.approx([0.375] * 6)
+
+
+@pytest.mark.parametrize("name", ["owl", "dlp", "mosaic", "error-knapsack", "alphapruning"])
+def test_blocks_in_another_order_get_the_same_shares_in_that_order(name: str) -> None:
+    generator = np.random.default_rng(1)
+    matrices = [Matrix(f"{number}.{kind}", 8, 16) for number in range(4) for kind in "ab"]
+    spectra = [[np.sort(generator.lognormal(sigma=1 + number, size=64)) for _ in "ab"] for number in range(4)]
+    scores = [
+        [
+            ScoreFacts(f"{number}.{kind}", 128, generator.random(), above, above, squared(*generator.lognormal(size=9)))
+            for kind, above in zip("ab", generator.integers(1, 40, 2).tolist(), strict=True)
+        ]
+        for number in range(4)
+    ]
+    order = [2, 0, 3, 1]
+    found = shares(name, matrices, 0.6, scores=scores, spectra=spectra)
+    turned = shares(
+        name,
+        [matrices[2 * number + kind] for number in order for kind in range(2)],
+        0.6,
+        scores=[scores[number] for number in order],
+        spectra=[spectra[number] for number in order],
+    )
+    assert turned == pytest.approx([found[2 * number + kind] for number in order for kind in range(2)])
+    assert len({round(share, 6) for share in found}) > 2
+    for sparsity in (Fraction(0), Fraction(6, 10)):
+        wanted = shares(name, matrices, float(sparsity), scores=scores, spectra=spectra)
+        assert sum(to_budget(wanted, matrices, sparsity)) == int(sparsity * 8 * 128)
 
 
 # Block means of Llama-2-7B's exponents, from which AlphaPruning at 70 % with a spread of 0.3 makes these sparsities.
