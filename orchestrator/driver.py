@@ -158,9 +158,7 @@ def _prune(
             fingerprint = request.fingerprint(sha256)
             branch = branch_point(history, fingerprint, from_block, force, str(target))
             if history.done is not None and branch is None:
-                linears = _reports(history)
-                unused = {"vram": 0, "ram": 0, "disk": out.size_bytes(target)}
-                return PruneResult(target, sparsity_of(linears), 0.0, unused, {}, None, blocks, linears, True)
+                return _already_finished(target, history)
             remove_leftovers()
             access = out.begin_access(target)
             plan = make_plan(request, resources, target)
@@ -220,6 +218,11 @@ def _note_plan(output: Path, from_block: int | None, decided: dict[str, Any]) ->
         append(output, "plan", decided)
     else:
         append(output, "branch", {"from_block": from_block, **decided})
+
+
+def _already_finished(output: Path, history: History) -> PruneResult:
+    linears, unused = _reports(history), {"vram": 0, "ram": 0, "disk": out.size_bytes(output)}
+    return PruneResult(output, sparsity_of(linears), 0.0, unused, {}, None, len(history.blocks), linears, True)
 
 
 def _note_failure(output: Path, report: Progress, failed: RunFailed) -> None:
