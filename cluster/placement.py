@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import NoWorkersError
 
 PLACEMENT_SECONDS = 120.0
 """How long to wait for a place for at least one worker."""
@@ -119,8 +119,8 @@ def reserve(most: int, enough: int, share: Share, patience_seconds: float) -> Re
         if silent:
             reason += f", and {', '.join(silent)} does not answer"
     except RayError as error:
-        raise RunError(f"Ray does not answer: {error}; run the same command again to go on") from error
-    raise RunError(f"no worker of {share} could be placed within {PLACEMENT_SECONDS:g} s: {reason}")
+        raise NoWorkersError(f"Ray does not answer: {error}; run the same command again to go on") from error
+    raise NoWorkersError(f"no worker of {share} could be placed within {PLACEMENT_SECONDS:g} s: {reason}")
 
 
 def _reserve(size: int, share: Share) -> Reservation | None:

@@ -25,7 +25,7 @@ from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.cluster.session import inherited
 from billhook.layerworkers.access import OutputAccess
-from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
+from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError, UnlikeNodesError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.shards import TensorEntry
@@ -453,7 +453,7 @@ def _check_alike(
             f"{key} {facts.get(key)!r}, not {wanted[key]!r}" for key in wanted if facts.get(key) != wanted[key]
         ]
         if differing:
-            raise InputError(
+            raise UnlikeNodesError(
                 f"{name} has {'; '.join(differing)} as {ours} has: results would differ in the last bits; use machines "
                 "of one kind with the same libraries"
             )

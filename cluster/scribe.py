@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from billhook.layerworkers.access import OpenFiles, OutputAccess
 from billhook.layerworkers.descriptors import read_into
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import DiskError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class Scribe:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise RunError(f"{path}: read failed: {error.strerror}; resume once the disk is well") from error
+            raise DiskError(f"{path}: read failed: {error.strerror}; resume once the disk is well") from error
         try:
             read_into(descriptor, memoryview(data.data), start_bytes, path)
         finally:
@@ -97,5 +97,5 @@ def _answer(call: Any) -> Any:
         return ray.get(call)
     except RayTaskError as error:
         if isinstance(error.cause, RunError):
-            raise RunError(str(error.cause)) from None
+            raise type(error.cause)(str(error.cause)) from None
         raise

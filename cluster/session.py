@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import ClusterError, NoWorkersError, OptionError
 
 SESSION_VARIABLE = "BILLHOOK_SESSION"
 """Environment variable, set to the session's folder, that marks every process of a session."""
@@ -108,7 +108,7 @@ def check_dashboard() -> None:
     try:
         import_module("ray.dashboard.optional_deps")
     except ImportError as error:
-        raise InputError(
+        raise OptionError(
             f"--dashboard: Ray's dashboard needs packages that are not installed ({error.name}); install them: "
             "pip install 'ray[default]'"
         ) from error
@@ -123,7 +123,7 @@ def _join(address: str) -> Iterator[None]:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise InputError(
+            raise ClusterError(
                 f"--address {address}: the Ray cluster there answers, but this command cannot join it "
                 f"({' '.join(str(error).split())}); give the command on a machine that 'ray start' has made part of "
                 "the cluster, with the same Python and Ray"
@@ -141,7 +141,7 @@ def _check_admission(address: str) -> None:
         InputError: when not.
     """
     if "://" in address:
-        raise InputError(f"--address {address}: expected HOST:PORT of the head's control store, as HOST:6379")
+        raise ClusterError(f"--address {address}: expected HOST:PORT of the head's control store, as HOST:6379")
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import canonicalize_bootstrap_address
@@ -159,7 +159,7 @@ def _check_admission(address: str) -> None:
     try:
         GcsClient(address=found)
     except ray.exceptions.AuthenticationError as error:
-        raise InputError(
+        raise ClusterError(
             f"--address {address}: the Ray cluster there refused this command: the token is missing or wrong; set "
             f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (default: {TOKEN_FILE})"
         ) from error
@@ -182,14 +182,14 @@ def _check_token_source() -> None:
         reason = "it is empty"
     except OSError as error:
         reason = str(error.strerror)
-    raise InputError(
+    raise ClusterError(
         f"RAY_AUTH_MODE=token, but there is no token in {path} ({reason}): put the cluster's token there, or set "
         "RAY_AUTH_TOKEN_PATH to the file that holds it"
     )
 
 
-def _no_cluster(address: str, reason: str) -> InputError:
-    return InputError(
+def _no_cluster(address: str, reason: str) -> ClusterError:
+    return ClusterError(
         f"--address {address}: no Ray cluster answers there ({reason}); start one with 'ray start --head', or leave "
         "--address out to use this machine"
     )
@@ -264,7 +264,7 @@ def _init(**options: Any) -> str:
         return str(ray.init(**options).dashboard_url or "")
     except Exception as error:  # Ray raises just that when its processes are late
         reason = str(error).strip().partition("\n")[0]
-        raise RunError(
+        raise NoWorkersError(
             f"Ray did not start: {reason}; the machine may be too busy: run the same command again"
         ) from error
 

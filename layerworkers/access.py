@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from billhook.layerworkers.descriptors import disk_failure, sync_descriptor, write_from
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import DiskError, OutputGoneError
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class OpenFiles:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             found = os.pread(lock, len(output.proof) + 1, 0)
         except OSError as error:
-            raise RunError(f"{output.lock}: cannot be locked: {error.strerror}") from error
+            raise DiskError(f"{output.lock}: cannot be locked: {error.strerror}") from error
         if found != output.proof.encode():
-            raise RunError(f"{output.folder}: is not the output that this run writes")
+            raise OutputGoneError(f"{output.folder}: is not the output that this run writes")
 
     def write(self, path: str, start_bytes: int, view: memoryview) -> None:
         """Write all of ``view`` at an offset of an existing file.

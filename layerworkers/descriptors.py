@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import DiskError, DiskFullError, RunError
 
 
 def read_into(descriptor: int, view: memoryview, start_bytes: int, name: str) -> None:
@@ -19,10 +19,10 @@ def read_into(descriptor: int, view: memoryview, start_bytes: int, name: str) ->
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], start_bytes + done)
             if count == 0:
-                raise RunError(f"{name}: ends at byte {start_bytes + done}, expected {start_bytes + len(view)}")
+                raise DiskError(f"{name}: ends at byte {start_bytes + done}, expected {start_bytes + len(view)}")
             done += count
     except OSError as error:
-        raise RunError(f"{name}: read failed: {error.strerror}; resume once the disk is well") from error
+        raise DiskError(f"{name}: read failed: {error.strerror}; resume once the disk is well") from error
 
 
 def disk_failure(name: str, doing: str, error: OSError, descriptor: int | None = None) -> RunError:
@@ -36,8 +36,10 @@ def disk_failure(name: str, doing: str, error: OSError, descriptor: int | None =
             free = f", {facts.f_bavail * facts.f_frsize} bytes are free"
         except OSError:  # the folder is gone, too
             free = ""
-        return RunError(f"{name}: the disk is full: {doing} failed{free}; make room and resume with the same command")
-    return RunError(f"{name}: {doing} failed: {error.strerror}; resume with the same command once mended")
+        return DiskFullError(
+            f"{name}: the disk is full: {doing} failed{free}; make room and resume with the same command"
+        )
+    return DiskError(f"{name}: {doing} failed: {error.strerror}; resume with the same command once mended")
 
 
 def write_from(descriptor: int, view: memoryview, start_bytes: int, name: str) -> None:

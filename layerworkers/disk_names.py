@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError, UnsupportedModelError
 from billhook.layerworkers.experts import Experts, Parts, part_of, stacked_names
 from billhook.layerworkers.families import Stacked, stacked_experts
 from billhook.layerworkers.shards import TensorEntry
@@ -62,7 +62,7 @@ class DiskNames:
         if isinstance(experts, Experts) and leaf in (*experts.parts.first, experts.parts.second):
             names = [f"{path}.{number}.{leaf}.weight" for number in range(experts.count)]
             if entry.shape[:1] != (experts.count,) or len(entry.shape) != 3:
-                raise InputError(
+                raise CheckpointError(
                     f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, config.json implies "
                     f"{experts.count} experts"
                 )
@@ -94,7 +94,7 @@ class DiskNames:
             number, leaf = part
             if number < experts.count and leaf in (*experts.parts.first, experts.parts.second):
                 return f"{path}.{number}.{leaf}.weight"
-        raise InputError(
+        raise UnsupportedModelError(
             f"tensor {disk_name}: transformers makes {stacked_name} of it and others while loading "
             f"({type(self._model).__name__}), which billhook cannot do yet"
         )
@@ -109,7 +109,7 @@ class DiskNames:
         for path, module, layout in stacks:
             parts = self._parts_on_disk(path, layout)
             if parts is None and separate:
-                raise InputError(
+                raise UnsupportedModelError(
                     f"{type(self._model).__name__}: each expert has tensors of its own on disk, and transformers has "
                     f"no rule that stacks them to {path}"
                 )
@@ -138,7 +138,7 @@ class DiskNames:
                 return None
             operations = [type(each).__name__ for each in rules[0].operations]
             if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-                raise InputError(
+                raise UnsupportedModelError(
                     f"{type(self._model).__name__}: transformers makes {path}.{stacked} by {', '.join(operations)} "
                     "of tensors on disk, which billhook cannot do yet"
                 )

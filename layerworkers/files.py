@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.layerworkers.descriptors import disk_failure, open_to_write, read_into, sync_descriptor, write_from
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import DiskError
 
 READ_PIECE_BYTES = 8 << 20
 """Bytes of one request; a longer range is read by several at a time, which keeps the disk's queue filled."""
@@ -33,7 +33,7 @@ def read_bytes(path: str, start_bytes: int, size_bytes: int) -> Tensor:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise RunError(f"{path}: read failed: {error.strerror}; resume once the disk is well") from error
+        raise DiskError(f"{path}: read failed: {error.strerror}; resume once the disk is well") from error
     try:
         if size_bytes <= READ_PIECE_BYTES:
             read_into(descriptor, view, start_bytes, path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import NotFiniteError
 from billhook.layerworkers.tasks import Sample, WindowComparison, WindowLoss
 
 TARGETS_AT_ONCE = 128
@@ -64,7 +64,9 @@ def window_comparison(
 def _checked(logits: Tensor, sample: Sample) -> Tensor:
     """Return logits in float32."""
     if not torch.isfinite(logits).all():
-        raise RunError(f"the logits of window {sample.index} are not finite in {logits.dtype}; try --dtype float32")
+        raise NotFiniteError(
+            f"the logits of window {sample.index} are not finite in {logits.dtype}; try --dtype float32"
+        )
     return logits.float()
 
 

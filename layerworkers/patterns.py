@@ -16,7 +16,7 @@ from torch import Tensor
 
 from billhook.kernels import select as kernels
 from billhook.layerworkers.collective import Collective, all_gather
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import NotFiniteError, OptionError
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ def parse_pattern(text: str, sparsity: float | None) -> Pattern:
         InputError: for a sparsity outside [0, 1), an unknown pattern, or a sparsity that contradicts N:M.
     """
     if sparsity is not None and not 0 <= sparsity < 1:
-        raise InputError(f"--sparsity {sparsity}: expected a share in [0, 1), for example 0.5 for half of the weights")
+        raise OptionError(f"--sparsity {sparsity}: expected a share in [0, 1), for example 0.5 for half of the weights")
     if text == "unstructured":
         return Unstructured(exact_fraction(0.5 if sparsity is None else sparsity))
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
-        raise InputError(f"--pattern {text}: expected 'unstructured' or N:M such as 2:4 (N weights kept of every M)")
+        raise OptionError(f"--pattern {text}: expected 'unstructured' or N:M such as 2:4 (N weights kept of every M)")
     keep, group = int(match[1]), int(match[2])
     if not 1 <= keep <= group:
-        raise InputError(f"--pattern {text}: N counts the weights kept of every M, so 1 <= N <= M is needed")
+        raise OptionError(f"--pattern {text}: N counts the weights kept of every M, so 1 <= N <= M is needed")
     pattern = NM(keep, group)
     if sparsity is not None and exact_fraction(sparsity) != pattern.sparsity:
-        raise InputError(
+        raise OptionError(
             f"--sparsity {sparsity} contradicts --pattern {text}, which fixes it at {float(pattern.sparsity):g}; "
             "leave --sparsity out"
         )
@@ -85,7 +85,7 @@ def refuse_nan(score_RC: Tensor) -> None:
         RunError: when one is NaN.
     """
     if torch.isnan(score_RC.amin()):
-        raise RunError("a score is NaN: the statistics or the weights of this linear overflowed float32")
+        raise NotFiniteError("a score is NaN: the statistics or the weights of this linear overflowed float32")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_
 from billhook.kernels.gram import mirror_lower_
 from billhook.kernels.products import matmul_by_rows
 from billhook.layerworkers.collective import Collective, Load, broadcast, broadcast_tensor_, tensor_load
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import IllConditionedError, NotFiniteError
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, triangle_load
@@ -253,7 +253,7 @@ class LinearProblem:
         try:
             tried = factorise_(matrix_CC, [damping * unit for damping in dampings])
         except NotPositiveDefiniteError as error:
-            raise RunError(
+            raise IllConditionedError(
                 f"the Gram matrix is not positive definite even with {dampings[-1]:g} damping "
                 f"(tried {', '.join(f'{damping:g}' for damping in dampings)}); use more calibration samples, or raise "
                 "the damping or ridge"
@@ -282,7 +282,7 @@ class LinearProblem:
     @staticmethod
     def _check_finite(gram_CC: Tensor) -> None:
         if not torch.isfinite(gram_CC.diagonal()).all():
-            raise RunError("the Gram matrix is not finite: the activations of this linear overflowed float32")
+            raise NotFiniteError("the Gram matrix is not finite: the activations of this linear overflowed float32")
 
     def _shared(
         self, key: tuple[object, ...], ways: Sequence[_Broadcast], compute: Callable[[], tuple[Tensor, ...]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from billhook.layerworkers.descriptors import read_into, write_from
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import DiskError
 from billhook.layerworkers.files import bytes_of, punch_hole
 
 BAND_BYTES = 16 << 20
@@ -87,7 +87,7 @@ class DiskParking:
             Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as this object
         except OSError as error:
-            raise RunError(f"--scratch {folder}: cannot be written to: {error.strerror}") from error
+            raise DiskError(f"--scratch {folder}: cannot be written to: {error.strerror}") from error
         self._free: dict[int, list[int]] = defaultdict(list)
         self._end, self._used = 0, 0
         self.peak_bytes = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError
 from billhook.layerworkers.files import read_bytes
 
 Read = Callable[[str, int, int], Tensor]
@@ -88,10 +88,10 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise InputError(f"{path}: not a safetensors file: {size} bytes, expected at least 8; copy it again")
+            raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, expected at least 8; copy it again")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: its header claims {length} bytes, the file has {size}: not a safetensors file, or truncated; "
                 "copy it again"
             )
@@ -111,11 +111,11 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
             if name != "__metadata__"
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: the safetensors header cannot be read ({error}); copy it again") from error
+        raise CheckpointError(f"{path}: the safetensors header cannot be read ({error}); copy it again") from error
     entries.sort(key=lambda entry: (entry.start_bytes, entry.stop_bytes))
     end = entries[-1].stop_bytes if entries else 8 + length
     if end != size:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: truncated or padded: its header describes {end} bytes, the file has {size}; copy it again"
         )
     return prefix + raw, entries

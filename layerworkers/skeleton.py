@@ -25,7 +25,7 @@ from billhook.layerworkers.block_facts import (
     run_on_meta,
 )
 from billhook.layerworkers.disk_names import DiskNames
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError, OptionError, UnsupportedModelError
 from billhook.layerworkers.experts import Experts
 
 
@@ -39,18 +39,18 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder")
+        raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
+        raise UnsupportedModelError(
             f"{path}: transformers cannot read it: {first_line} "
             "(an architecture with its own code needs --trust-remote-code)"
         ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if _auto_class(config) is None and not remote:
-        raise InputError(
+        raise UnsupportedModelError(
             f"{path}: model_type {getattr(config, 'model_type', None)!r} is neither a causal language model of "
             "transformers nor one of image and text (an architecture with its own code needs --trust-remote-code)"
         )
@@ -109,7 +109,7 @@ class Skeleton:
         if route_all:
             for path, experts in self._experts().items():
                 if not experts.can_show_all:
-                    raise InputError(
+                    raise OptionError(
                         f"--route all: {type(self.model).__name__} scales what an expert is sent by how much it is "
                         f"wanted ({path}), so that there is nothing to show to the others; leave --route out"
                     )
@@ -238,7 +238,7 @@ class Skeleton:
                 try:
                     found[kind] = run_on_meta(self.blocks[index], given, arguments)
                 except (NotImplementedError, RuntimeError) as error:  # such as where a branch depends on values
-                    raise InputError(
+                    raise UnsupportedModelError(
                         f"{type(self.model).__name__}: block {index} cannot be run without its weights "
                         f"({str(error).strip().splitlines()[0]}); this architecture is not supported yet"
                     ) from error
@@ -297,7 +297,9 @@ class Skeleton:
     def _head_module(self) -> Any:
         head = self._head()
         if head is None:
-            raise InputError(f"{type(self.model).__name__} has no output embeddings: not a causal language model")
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no output embeddings: not a causal language model"
+            )
         return head
 
 
@@ -351,7 +353,7 @@ def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         if not names or type(module[0]).__name__ in names:  # some classes name none
             return name, module
     kinds = f" of {sorted(names)}" if names else ""
-    raise InputError(
+    raise UnsupportedModelError(
         f"{type(model).__name__}: found no list of {count} blocks{kinds} in its decoder; this architecture is not "
         "supported yet"
     )

@@ -225,7 +225,7 @@ def _solve_share(
         try:
             solution = method.solve(rows, problem, select, linear.options)
         except RunError as error:
-            raise RunError(f"{linear.disk_name}: {error}") from error
+            raise type(error)(f"{linear.disk_name}: {error}") from error
         del rows
         sparse[first:last] = _as_written(linear, method, solution, dense[first:last])
         removed += solution.removed

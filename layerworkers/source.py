@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError, InputError, UnlikeNodesError
 from billhook.layerworkers.shards import read_header
 
 SAMPLES = 16
@@ -47,7 +47,7 @@ def source_sha256(folder: Path, others: Sequence[str], shards: Sequence[str]) ->
                     file.seek(len(header) + (size - len(header)) * step // SAMPLES)
                     digest.update(file.read(SAMPLE_BYTES))
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}") from error
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -63,6 +63,6 @@ def check_source(source: Source, machine: str) -> None:
     try:
         found = source_sha256(Path(source.folder), source.others, source.shards)
     except InputError as error:
-        raise InputError(f"{machine}: {error}; {remedy}") from error
+        raise UnlikeNodesError(f"{machine}: {error}; {remedy}") from error
     if found != source.sha256:
-        raise InputError(f"{machine}: {source.folder} differs from the driver's; {remedy}")
+        raise UnlikeNodesError(f"{machine}: {source.folder} differs from the driver's; {remedy}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError
 from billhook.layerworkers.files import bytes_of, read_bytes
 from billhook.layerworkers.output_files import OutputFiles
 from billhook.layerworkers.scratch import bands
@@ -149,4 +149,6 @@ def check_finite(entry: TensorEntry, rows: Tensor) -> None:
     flat = rows.reshape(-1)
     for start, stop in bands(flat.shape, flat.element_size()):
         if not torch.isfinite(flat[start:stop]).all():
-            raise InputError(f"{entry.path}: tensor {entry.name} holds NaN or infinity; mend the source checkpoint")
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name} holds NaN or infinity; mend the source checkpoint"
+            )

@@ -15,7 +15,7 @@ from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.collective import Collective, Counted
-from billhook.layerworkers.errors import BlockLostError, InputError
+from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
 from billhook.layerworkers.fitting import BlockFit
 from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
@@ -103,7 +103,7 @@ class BlockWorker:
             if self._arguments is None:
                 self._arguments = arguments
             elif not same_arguments(self._arguments, arguments):
-                raise InputError(
+                raise UnsupportedModelError(
                     f"{type(self._skeleton.model).__name__}: the blocks' arguments depend on the tokens; "
                     "this architecture is not supported yet"
                 )

@@ -3,16 +3,16 @@
 ``prune``, ``plan``, ``allocate``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same
 names do (``evaluate`` and ``evaluate_tasks`` are ``billhook eval``, ``resume`` is ``billhook prune --resume``). They
 raise :class:`InputError` where the command line exits with 2, :class:`RunError` where it exits with 1, and
-:class:`Interrupted` where it exits with 130. ``progress=`` takes a function that is told of every :class:`Event`, such
-as ``print``, or what :func:`shown_progress` gives. They are imported on first use, so that importing this package does
-not import torch.
+:class:`Interrupted` where it exits with 130; all are :class:`BillhookError` and have a ``code``, a ``cause`` and a
+``remedy``. ``progress=`` takes a function that is told of every :class:`Event`, such as ``print``, or what
+:func:`shown_progress` gives. They are imported on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from billhook.layerworkers.errors import InputError, Interrupted, RunError
+from billhook.layerworkers.errors import BillhookError, InputError, Interrupted, RunError
 
 if TYPE_CHECKING:
     from billhook.orchestrator.allocating import allocate
@@ -53,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "Allocation",
+    "BillhookError",
     "Comparison",
     "Evaluation",
     "Event",

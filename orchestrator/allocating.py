@@ -17,7 +17,7 @@ from typing import TypeVar, Unpack
 import numpy as np
 
 from billhook.cluster.memory import own_bytes
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import InputError, OptionError, OutputError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.shards import TensorEntry
@@ -61,11 +61,11 @@ def allocate(
     asked, resources = read_options(recipe, options)
     target = user_path(output)
     if target.exists():
-        raise InputError(f"--output {output}: exists; choose another file")
+        raise OutputError(f"--output {output}: exists; choose another file")
     if not target.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {target.parent}")
+        raise OutputError(f"--output {output}: there is no folder {target.parent}")
     if asked.allocation == UNIFORM:
-        raise InputError("--allocation: say which, as erk; see 'billhook methods'")
+        raise OptionError("--allocation: say which, as erk; see 'billhook methods'")
     request = make_request(model, asked)
     needs_tokens = not request.is_allocated and ALLOCATORS[request.recipe.allocation].needs == "tokens"
     windows = windows_of(request) if needs_tokens else None
@@ -133,7 +133,7 @@ def allocated(
         return dense_scores(make_plan(request, resources, folder), windows, multiple, report, scratch)
 
     if ALLOCATORS[request.recipe.allocation].needs == "tokens" and windows is None:
-        raise InputError(
+        raise OptionError(
             f"--allocation {request.recipe.allocation} looks at calibration samples, which --method "
             f"{request.recipe.method} does without; choose another of the two"
         )
@@ -152,7 +152,7 @@ def _check_room_for_spectra(request: Request, resources: Resources) -> None:
     )
     room = resolve_budgets(resources.vram, resources.ram, None, request.model.device, None).ram
     if need > room:
-        raise InputError(
+        raise OptionError(
             f"--ram {room >> 20}MiB: --allocation {request.recipe.allocation} needs {-(-need >> 20)}MiB for the "
             "spectrum of the largest linear"
         )

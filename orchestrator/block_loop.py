@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from billhook.layerworkers.access import OutputAccess
-from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError
+from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, NoWorkersError, RunError
 from billhook.layerworkers.tasks import BlockReport, BlockTask, ModuleTensor, Sample
 from billhook.orchestrator import output as out
 from billhook.orchestrator.calibration import Windows, deal_samples
@@ -83,7 +83,7 @@ def commit_blocks(run: Run) -> dict[str, int]:
                 block = len(read_history(run.output).blocks)
                 lost[block] += 1
                 if lost[block] == TRIES:
-                    raise RunError(
+                    raise BlockLostError(
                         f"block {block} failed {TRIES} times, the last time so: {error}\n"
                         "The same command goes on from there"
                     ) from error
@@ -100,7 +100,9 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
     try:
         plan = with_workers(run.plan, places.size)
     except InputError as error:
-        raise RunError(f"there is room for {places.size} of {run.plan.workers.count} workers only: {error}") from error
+        raise NoWorkersError(
+            f"there is room for {places.size} of {run.plan.workers.count} workers only: {error}"
+        ) from error
     history = read_history(run.output)
     scratch = str(user_path(plan.resources.scratch) if plan.resources.scratch else run.output / FOLDER)
     model = plan.request.model

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import InputError, OptionError, TextError
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import Sample
 from billhook.orchestrator.paths import user_path
@@ -47,7 +47,7 @@ def calibration_windows(recipe: Recipe, folder: Path, config: Any) -> Windows:
     seqlen = recipe.seqlen or default_seqlen(config)
     generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.calibration is None:
-        raise InputError(
+        raise OptionError(
             f"--method {recipe.method} needs calibration samples: give --calibration FILE (a text or JSONL file), a "
             "Hugging Face dataset, or 'random' for random tokens"
         )
@@ -62,7 +62,7 @@ def calibration_windows(recipe: Recipe, folder: Path, config: Any) -> Windows:
     length = seqlen - len(first)
     needed = recipe.samples * length + 1
     if len(tokens) < max(needed, length + 2):
-        raise InputError(
+        raise TextError(
             f"--calibration {recipe.calibration}: {len(tokens)} tokens, shorter than the {needed} that "
             f"{recipe.samples} samples of {seqlen} tokens ask for: give a longer text, or lower --samples or --seqlen"
         )
@@ -83,7 +83,7 @@ def evaluation_windows(tokenizer: Any, text: str, seqlen: int, windows: int | No
     available = len(tokens) // length
     wanted = available if windows is None else windows
     if available < max(1, wanted):
-        raise InputError(
+        raise TextError(
             f"--text {name}: {len(tokens)} tokens make {available} windows of {seqlen}, {max(1, wanted)} were asked "
             "for: give a longer text, or lower --windows or --seqlen"
         )
@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here, by file that is missing or malformed
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
+        raise TextError(
             f"{folder}: no tokenizer could be loaded ({first_line}); add the tokenizer files, or use "
             "--calibration random"
         ) from error
@@ -125,7 +125,7 @@ def bos_tokens(tokenizer: Any, bos: str) -> tuple[int, ...]:
         return ()
     if bos == "always":
         if token is None:
-            raise InputError("--bos always: the tokenizer has no BOS token; use --bos never")
+            raise OptionError("--bos always: the tokenizer has no BOS token; use --bos never")
         return (token,)
     starts = tokenizer("a")["input_ids"][:1]
     return (token,) if token is not None and starts == [token] else ()
@@ -146,11 +146,11 @@ def read_text(source: str, field: str, characters: int | None) -> str:
                 return "\n\n".join(_jsonl_documents(path, field))
             return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text: {error}") from error
+        raise TextError(f"{path}: is not UTF-8 text: {error}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise TextError(f"{path}: cannot be read: {error.strerror}") from error
     if path.suffix in {".txt", ".jsonl", ".json", ".md"}:
-        raise InputError(f"{source}: no such file")
+        raise TextError(f"{source}: no such file")
     return _dataset_text(source, field, characters)
 
 
@@ -162,22 +162,22 @@ def _jsonl_documents(path: Path, field: str) -> list[str]:
         try:
             document = json.loads(line)[field]
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: is not a JSON object") from error
+            raise TextError(f"{path}, line {number}: is not a JSON object") from error
         except KeyError as error:
-            raise InputError(f"{path}, line {number}: has no field {field!r}; name it with --field") from error
+            raise TextError(f"{path}, line {number}: has no field {field!r}; name it with --field") from error
         documents.append(_checked_text(document, f"{path}, line {number}", field))
     return documents
 
 
 def _checked_text(document: object, where: str, field: str) -> str:
     if not isinstance(document, str):
-        raise InputError(
+        raise TextError(
             f"{where}: field {field!r} holds {type(document).__name__}, expected text; name it with --field"
         )
     try:
         document.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
+        raise TextError(
             f"{where}: field {field!r} holds half of a surrogate pair, which is no text: {error}"
         ) from error
     return document
@@ -188,7 +188,7 @@ def _dataset_text(source: str, field: str, characters: int | None) -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise InputError(
+        raise TextError(
             f"{source}: no such file; for a Hugging Face dataset of this name, 'pip install billhook[datasets]'"
         ) from error
     name, _, rest = source.partition(":")
@@ -198,9 +198,7 @@ def _dataset_text(source: str, field: str, characters: int | None) -> str:
         documents, total = [], 0
         for row in dataset:
             if field not in row:
-                raise InputError(
-                    f"{source}: rows have the fields {', '.join(row)}, not {field!r}; name it with --field"
-                )
+                raise TextError(f"{source}: rows have the fields {', '.join(row)}, not {field!r}; name it with --field")
             documents.append(_checked_text(row[field], source, field))
             total += len(documents[-1])
             if characters is not None and total >= characters:
@@ -209,7 +207,7 @@ def _dataset_text(source: str, field: str, characters: int | None) -> str:
         raise
     except Exception as error:  # the hub's client raises many kinds: all mean that there is no such dataset here
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source}: no such file, and no dataset of this name could be read: {first_line}") from error
+        raise TextError(f"{source}: no such file, and no dataset of this name could be read: {first_line}") from error
     return "\n\n".join(documents)
 
 
@@ -221,7 +219,7 @@ def check_vocabulary(windows: Windows, rows: int, source: str) -> None:
     """
     highest = max(max(window) for window in windows.tokens)
     if highest >= rows:
-        raise InputError(
+        raise TextError(
             f"{source}: the tokenizer makes token {highest}, the model's embedding has {rows} rows: they do not belong "
             "together; give the checkpoint its own tokenizer"
         )

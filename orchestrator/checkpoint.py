@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError, UnsupportedModelError
 from billhook.layerworkers.shards import DTYPES, TensorEntry, read_header
 from billhook.layerworkers.source import Source, source_sha256
 from billhook.orchestrator.paths import user_path
@@ -70,9 +70,11 @@ def resolve_model(model: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"{model}: is a file; expected a Hugging Face model folder or a hub id")
+        raise CheckpointError(f"{model}: is a file; expected a Hugging Face model folder or a hub id")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
-        raise InputError(f"{model}: no such folder; expected a Hugging Face model folder or a hub id such as org/name")
+        raise CheckpointError(
+            f"{model}: no such folder; expected a Hugging Face model folder or a hub id such as org/name"
+        )
     return _download(str(model))
 
 
@@ -88,7 +90,7 @@ def _download(hub_id: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
+        raise CheckpointError(
             f"{hub_id}: no such folder, and the Hugging Face hub gave no model of this name: {first_line}"
         ) from error
 
@@ -103,15 +105,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no config.json; expected a Hugging Face model folder") from error
+        raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face model folder") from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise InputError(
+        raise UnsupportedModelError(
             f"{path}: quantization_config names the method {method!r}; quantised weights cannot be pruned. Load the "
             "model with AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16'), call model.dequantize(), save it "
             "with save_pretrained, and prune that"
@@ -127,10 +129,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             an index that disagrees with the shards.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise CheckpointError(f"{folder}: no such folder")
     files = sorted(path.name for path in folder.iterdir())
     if not files:
-        raise InputError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
+        raise CheckpointError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
     weight_map = _read_index(folder / INDEX_NAME) if INDEX_NAME in files else None
     if weight_map is None and SINGLE_NAME not in files:
         _refuse_without_safetensors(folder, files)
@@ -161,12 +163,12 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as a safetensors index: {error!r}") from error
+        raise CheckpointError(f"{path}: cannot be read as a safetensors index: {error!r}") from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{path}: weight_map must map tensor names to file names")
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
     for tensor, name in weight_map.items():
         if Path(name).name != name or name in {".", ".."} or Path(name).suffix != ".safetensors":
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: tensor {tensor} lies in {name!r}; expected the plain name of a .safetensors file "
                 "in the folder"
             )
@@ -176,17 +178,17 @@ def _read_index(path: Path) -> dict[str, str]:
 def _refuse_without_safetensors(folder: Path, files: list[str]) -> None:
     pickles = [name for name in files if Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
     if pickles:
-        raise InputError(
+        raise UnsupportedModelError(
             f"{folder}: only pickled weights ({pickles[0]}), which run code when they are read; convert them with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which writes safetensors"
         )
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
-        raise InputError(
+        raise UnsupportedModelError(
             f"{folder}: only GGUF weights ({ggufs[0]}); load them with from_pretrained(..., gguf_file={ggufs[0]!r}) "
             "and save the result as safetensors (examples/demo.py does so)"
         )
-    raise InputError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME}; expected a Hugging Face model folder")
+    raise CheckpointError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME}; expected a Hugging Face model folder")
 
 
 def open_file(path: Path) -> Shard:
@@ -199,7 +201,7 @@ def open_file(path: Path) -> Shard:
         header, entries = read_header(path)
         size = os.stat(path).st_size
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     _validate(path)
     return Shard(path.name, header, tuple(entries), size)
 
@@ -207,7 +209,7 @@ def open_file(path: Path) -> Shard:
 def _open_shard(folder: Path, name: str) -> Shard:
     path = folder / name
     if not path.is_file():
-        raise InputError(f"{path}: the index names this shard, but it is missing; download it again")
+        raise CheckpointError(f"{path}: the index names this shard, but it is missing; download it again")
     # The hub's cache holds links to files elsewhere in the cache: a link may leave the folder, a name may not.
     return open_file(path)
 
@@ -219,7 +221,7 @@ def _validate(path: Path) -> None:
         with safe_open(str(path), framework="pt", backend="pread"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a valid safetensors file: {error}; copy it again") from error
+        raise CheckpointError(f"{path}: not a valid safetensors file: {error}; copy it again") from error
 
 
 def _check_names(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> None:
@@ -227,11 +229,13 @@ def _check_names(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, 
     for shard in shards:
         for entry in shard.entries:
             if entry.name in found:
-                raise InputError(f"{folder}: tensor {entry.name} lies in both {found[entry.name]} and {shard.name}")
+                raise CheckpointError(
+                    f"{folder}: tensor {entry.name} lies in both {found[entry.name]} and {shard.name}"
+                )
             found[entry.name] = shard.name
     if weight_map is None:
         return
     for tensor, name in weight_map.items():
         if found.get(tensor) != name:
             where = f"lies in {found[tensor]}" if tensor in found else "is in no shard"
-            raise InputError(f"{folder / INDEX_NAME}: tensor {tensor} should lie in {name}, but it {where}")
+            raise CheckpointError(f"{folder / INDEX_NAME}: tensor {tensor} should lie in {name}, but it {where}")

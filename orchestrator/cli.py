@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect as signatures
 import json
 import math
@@ -21,7 +20,8 @@ from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
 from billhook.layerworkers.allocator import return_large_blocks
-from billhook.layerworkers.errors import InputError, Interrupted, RunError
+from billhook.layerworkers.errors import OptionError
+from billhook.orchestrator.ending import ending_with_code
 from billhook.orchestrator.interruption import GRACE_SECONDS, interruptible, is_ignored
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
 
@@ -46,33 +46,6 @@ def main() -> None:
             signal.signal(number, _interrupt)
     return_large_blocks()
     app()
-
-
-def ending_with_code(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the failures that a user meets into a line on standard error and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except InputError as error:
-            raise _failed(error, 2) from error
-        except RunError as error:
-            raise _failed(error, 1) from error
-        except OSError as error:
-            raise _failed(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1) from error
-        except Interrupted as error:
-            why = f" ({error.__cause__})" if error.__cause__ is not None else ""
-            raise _failed(f"interrupted{why}; the same command goes on from the last finished block", 130) from error
-        except KeyboardInterrupt as error:
-            raise _failed("interrupted", 130) from error
-
-    return run
-
-
-def _failed(reason: object, code: int) -> typer.Exit:
-    print(f"billhook: {reason}", file=sys.stderr)
-    return typer.Exit(code)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -160,14 +133,14 @@ def _given(values: dict[str, Any]) -> RunOptions:
                 given[key] = int(given[key])
             except ValueError as error:
                 expected = ", ".join(["a number", *map(repr, words)])
-                raise InputError(f"--{key.replace('_', '-')} {given[key]}: expected one of {expected}") from error
+                raise OptionError(f"--{key.replace('_', '-')} {given[key]}: expected one of {expected}") from error
     return typing.cast(RunOptions, given)
 
 
 def _name_and_value(flag: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"{flag} {text}: expected NAME=VALUE, as damping=0.01")
+        raise OptionError(f"{flag} {text}: expected NAME=VALUE, as damping=0.01")
     return name.strip(), value.strip()
 
 
@@ -236,9 +209,9 @@ def prune_command(
     from billhook.orchestrator.units import gibibytes
 
     if (resume is None) == (model is None) or (resume is None) == (output is None):
-        raise InputError("prune: expected either MODEL and --output OUT, or --resume OUT")
+        raise OptionError("prune: expected either MODEL and --output OUT, or --resume OUT")
     if resume is not None and recipe is not None:
-        raise InputError("--resume: takes no --recipe; the run's own is in its journal")
+        raise OptionError("--resume: takes no --recipe; the run's own is in its journal")
     # Standard output is ours alone: what the tools of --log-to print goes beside it.
     with interruptible(grace) as interruption, redirect_stdout(sys.stderr), shown_progress() as progress:
         way: Any = {"from_block": from_block, "force": force, "progress": progress, "interruption": interruption}
@@ -386,11 +359,11 @@ def eval_command(
     from billhook.orchestrator.progress import shown_progress
 
     if text is None and tasks is None:
-        raise InputError("eval: expected --text FILE, --tasks NAME, or both")
+        raise OptionError("eval: expected --text FILE, --tasks NAME, or both")
     if text is None and against is not None:
-        raise InputError("--against: is compared on a text; give --text, too")
+        raise OptionError("--against: is compared on a text; give --text, too")
     if tasks is None and task_folder is not None:
-        raise InputError("--task-folder: say which of its tasks, with --tasks")
+        raise OptionError("--task-folder: say which of its tasks, with --tasks")
     same: Any = {"dtype": dtype, "device": device, "vram": vram, "ram": ram, "trust_remote_code": trust_remote_code}
     document: dict[str, Any] = {}
     prepared = None if tasks is None else prepare_tasks(checkpoint, tasks.split(","), task_folder=task_folder, **same)

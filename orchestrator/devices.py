@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from billhook.layerworkers.errors import InputError, nearest
+from billhook.layerworkers.errors import OptionError, nearest
 from billhook.orchestrator.probe import LAUNCH_SECONDS, Rates
 from billhook.orchestrator.recipe import Recipe
 
@@ -69,7 +69,7 @@ def supposition(device: str | None, bandwidth: float | str | None) -> Suppositio
     """
     if device is not None and device not in DEVICES:
         known = ", ".join(DEVICES)
-        raise InputError(f"--assume-device {device}: unknown{nearest(device, list(DEVICES))}; known are {known}")
+        raise OptionError(f"--assume-device {device}: unknown{nearest(device, list(DEVICES))}; known are {known}")
     if bandwidth is None:
         return Supposition(device)
     try:
@@ -77,7 +77,7 @@ def supposition(device: str | None, bandwidth: float | str | None) -> Suppositio
     except ValidationError:
         size = 0.0
     if size <= 0:
-        raise InputError(f"--bandwidth {bandwidth}: expected bytes per second, as 12GB/s")
+        raise OptionError(f"--bandwidth {bandwidth}: expected bytes per second, as 12GB/s")
     return Supposition(device, size)
 
 
@@ -91,5 +91,5 @@ def on_device(recipe: Recipe, supposed: Supposition) -> Recipe:
         return recipe
     kind = DEVICES[supposed.device].kind
     if recipe.device not in ("auto", kind):
-        raise InputError(f"--device {recipe.device} contradicts --assume-device {supposed.device}; leave it out")
+        raise OptionError(f"--device {recipe.device} contradicts --assume-device {supposed.device}; leave it out")
     return recipe.model_copy(update={"device": kind})

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from billhook.cluster.session import check_dashboard, remove_leftovers
 from billhook.layerworkers.descriptors import disk_failure
-from billhook.layerworkers.errors import InputError, Interrupted, RunError
+from billhook.layerworkers.errors import InputError, Interrupted, NoRunError, RunError
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
 from billhook.orchestrator.allocating import allocated, store, windows_of
@@ -115,7 +115,7 @@ def resume(
     target = user_path(output)
     history = read_history(target) if target.is_dir() else None
     if history is None or not history.decided:
-        raise InputError(f"--resume {output}: holds no billhook run; begin one with 'billhook prune MODEL -o {output}'")
+        raise NoRunError(f"--resume {output}: holds no billhook run; begin one with 'billhook prune MODEL -o {output}'")
     before = history.decided[-1]
     asked, resources = read_options(None, merged_options(before.asked["recipe"] | before.asked["resources"], options))
     return _prune(

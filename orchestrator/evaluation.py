@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 
 from billhook.cluster.memory import own_bytes
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import InputError, OptionError
 from billhook.layerworkers.losses import TARGETS_AT_ONCE
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import parse_pattern
@@ -115,11 +115,11 @@ def evaluate(
     """
     begin = time.monotonic()
     if windows is not None and windows < 1:
-        raise InputError(f"--windows {windows}: expected at least 1")
+        raise OptionError(f"--windows {windows}: expected at least 1")
     if threads < 1 or (isinstance(workers, int) and workers < 1):
-        raise InputError(f"--workers {workers}, --threads {threads}: expected at least 1")
+        raise OptionError(f"--workers {workers}, --threads {threads}: expected at least 1")
     if seqlen is not None and seqlen < 2:
-        raise InputError(f"--seqlen {seqlen}: expected at least 2 tokens, since the first is no target")
+        raise OptionError(f"--seqlen {seqlen}: expected at least 2 tokens, since the first is no target")
     model = open_model(checkpoint, device, dtype, trust_remote_code)
     reference = None if against is None else open_model(against, device, dtype, trust_remote_code)
     models = [model] if reference is None else [reference, model]
@@ -133,7 +133,7 @@ def evaluate(
     if reference is not None:
         theirs = load_tokenizer(reference.checkpoint.folder, trust_remote_code)
         if evaluation_windows(theirs, content, length, windows, bos, str(text)).sha256 != cut.sha256:
-            raise InputError(
+            raise OptionError(
                 f"--against {against}: its tokenizer makes other tokens of {text} than that of {checkpoint}; compare "
                 "checkpoints of one model"
             )
@@ -211,14 +211,14 @@ def _check_alike(model: Model, reference: Model, seqlen: int, name: str) -> None
     """Check that the predictions of two models can be compared."""
     ours, theirs = model.layout.stem.head.shape[0], reference.layout.stem.head.shape[0]
     if ours != theirs:
-        raise InputError(
+        raise OptionError(
             f"--against {name}: its vocabulary has {theirs} tokens, that of {model.checkpoint.folder} {ours}; compare "
             "checkpoints of one model"
         )
     try:
         check_context(seqlen, reference.config)
     except InputError as error:
-        raise InputError(f"--against {name}: {error}") from error
+        raise OptionError(f"--against {name}: {error}") from error
 
 
 def _arrange_all(

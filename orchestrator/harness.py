@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from billhook.layerworkers.errors import InputError, nearest
+from billhook.layerworkers.errors import OptionError, nearest
 from billhook.orchestrator.budgets import Budgets, resolve_budgets
 from billhook.orchestrator.model import Model, open_model
 from billhook.orchestrator.paths import user_path
@@ -78,10 +78,10 @@ def prepare_tasks(
     """Check all of a request that can be checked before anything is run; see :func:`evaluate_tasks`."""
     names = tuple(name.strip() for name in tasks if name.strip())
     if not names:
-        raise InputError("--tasks: names no task; give some, as --tasks arc_easy,piqa")
+        raise OptionError("--tasks: names no task; give some, as --tasks arc_easy,piqa")
     folder = None if task_folder is None else user_path(task_folder)
     if folder is not None and not folder.is_dir():
-        raise InputError(f"--task-folder {task_folder}: there is no such folder")
+        raise OptionError(f"--task-folder {task_folder}: there is no such folder")
     _, resources = read_options(None, cast(RunOptions, {"vram": vram, "ram": ram}))
     model = open_model(checkpoint, device, dtype, trust_remote_code)
     _check_room(model, resolve_budgets(resources.vram, resources.ram, None, model.device, None))
@@ -89,7 +89,7 @@ def prepare_tasks(
         with contextlib.redirect_stdout(sys.stderr):  # ours is for results
             from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(
+        raise OptionError(
             f"--tasks: lm-evaluation-harness cannot be imported ({error}); install it with 'pip install lm_eval', or "
             "billhook with its extra 'tasks'"
         ) from error
@@ -102,7 +102,7 @@ def prepare_tasks(
     known = [str(each) for each in manager.all_tasks]
     for name in names:
         if name not in known:
-            raise InputError(f"--tasks {name}: lm-evaluation-harness has no such task{nearest(name, known)}")
+            raise OptionError(f"--tasks {name}: lm-evaluation-harness has no such task{nearest(name, known)}")
     return Tasks(model, names, manager)
 
 
@@ -133,7 +133,7 @@ def _check_room(model: Model, budgets: Budgets) -> None:
     size = sum(item * math.prod(entry.shape) for entry in model.checkpoint.tensors.values())
     option, room = ("vram", budgets.vram) if budgets.vram is not None else ("ram", budgets.ram)
     if size > room:
-        raise InputError(
+        raise OptionError(
             f"--tasks: the harness holds the whole model, {gibibytes(size)} in {model.dtype}, more than --{option} "
             f"{gibibytes(room)}; --text and --against measure it a block at a time"
         )

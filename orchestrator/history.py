@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import DamagedRunError, OptionError, OtherPlanError
 from billhook.orchestrator.journal import Line, read_journal
 
 SOLVE_KEYS = frozenset(
@@ -80,7 +80,7 @@ def history_of(lines: Sequence[Line]) -> History:
             done = None
         elif line["kind"] == "block":
             if line["index"] != len(blocks):
-                raise InputError(
+                raise DamagedRunError(
                     f"the journal commits block {line['index']} after {len(blocks)} blocks: it was damaged, or two "
                     "commands wrote it; remove the output and begin again"
                 )
@@ -105,7 +105,7 @@ def branch_point(
     """
     if not history.decided:
         if from_block is not None:
-            raise InputError(f"--from-block {from_block}: {name} holds no run yet; leave it out")
+            raise OptionError(f"--from-block {from_block}: {name} holds no run yet; leave it out")
         return None
     current = history.decided[-1]
     differing = _differences(current.fingerprint, json.loads(json.dumps(fingerprint)))
@@ -116,16 +116,16 @@ def branch_point(
         return None
     told = "; ".join(f"{key}: {old!r} there, {new!r} asked for" for key, old, new in differing[:6])
     if any(key.startswith("checkpoint") for key in hard):
-        raise InputError(
+        raise OtherPlanError(
             f"{name}: holds a run of another source checkpoint, or it was changed since; {told}. Choose another folder"
         )
     if from_block is None and hard:
-        raise InputError(
+        raise OtherPlanError(
             f"{name}: holds a run with another plan; it differs in {told}. Give the same options to go on with it, "
             "choose another folder, or redo the blocks from K on with these options: --from-block K"
         )
     if not force and len(hard) < len(differing):
-        raise InputError(
+        raise OtherPlanError(
             f"{name}: was begun with other libraries or on another kind of machine; it differs in {told}. Go on where "
             "it was begun, or with --force: the checkpoint will then be as good, but not byte for byte the one that an "
             "uninterrupted run writes"
@@ -134,7 +134,7 @@ def branch_point(
         return len(history.blocks) if differing else None
     if not 0 <= from_block <= len(history.blocks):
         done = f"blocks 0 to {len(history.blocks) - 1}" if history.blocks else "no block"
-        raise InputError(f"--from-block {from_block}: {name} has {done} done; give at most {len(history.blocks)}")
+        raise OptionError(f"--from-block {from_block}: {name} has {done} done; give at most {len(history.blocks)}")
     return from_block
 
 

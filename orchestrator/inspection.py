@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import NoRunError
 from billhook.layerworkers.shards import FLOAT_DTYPES, TensorEntry, read_rows
 from billhook.orchestrator.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint, resolve_model
 from billhook.orchestrator.checkpoint import open_file as open_single_file
@@ -61,7 +61,7 @@ def inspect(checkpoint: str | Path) -> Inspection:
     else:
         folder = resolve_model(checkpoint)
         if not (folder / INDEX_NAME).is_file() and not (folder / SINGLE_NAME).is_file() and any(folder.glob("*.part")):
-            raise InputError(f"{folder}: an unfinished run; finish it with the same 'billhook prune' command")
+            raise NoRunError(f"{folder}: an unfinished run; finish it with the same 'billhook prune' command")
         entries = list(open_checkpoint(folder).tensors.values())
     facts = tuple(_facts(entry) for entry in entries if entry.dtype in FLOAT_DTYPES and entry.size_bytes)
     sparse = [(fact, _elements(fact.shape)) for fact in facts if len(fact.shape) > 1 and fact.pattern != "dense"]

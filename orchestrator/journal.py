@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.descriptors import disk_failure
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import DamagedRunError
 from billhook.layerworkers.files import sync_file
 
 FOLDER = "billhook"
@@ -41,7 +41,7 @@ def read_journal(output: Path) -> list[Line]:
         line = _checked(text)
         if line is None:
             if any(_checked(later) is not None for later in whole[number + 1 :]):
-                raise InputError(
+                raise DamagedRunError(
                     f"{journal_path(output)}: line {number + 1} is damaged, later ones are not; restore the file from "
                     f"a copy, or remove {output} and begin again"
                 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from billhook.layerworkers.block_facts import InputGroup
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES, TensorEntry
 from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.tasks import ModuleTensor, StemTask
@@ -80,7 +80,7 @@ def lay_out(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
             if parameter in parameters:
                 expected = tuple(parameters[parameter].shape)
                 if entry.meant_shape != expected:
-                    raise InputError(
+                    raise CheckpointError(
                         f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, config.json implies "
                         f"{list(expected)}" + (", transposed" if entry.transposed else "")
                     )
@@ -104,7 +104,7 @@ def _stem(
     needed = list(skeleton.stem_parameters())
     missing = [name for name in needed if name not in by_module]
     if missing:
-        raise InputError(f"{checkpoint.folder}: no tensor for the parameter {missing[0]}; is a shard missing?")
+        raise CheckpointError(f"{checkpoint.folder}: no tensor for the parameter {missing[0]}; is a shard missing?")
     embedding, head = by_module.get(skeleton.embedding_name()), by_module.get(skeleton.head_name())
     if embedding is None and skeleton.head_name() == skeleton.embedding_name():
         # Tied, and stored under the head's name only, which is no parameter of the module.
@@ -112,7 +112,7 @@ def _stem(
         embedding = head = tied[0] if tied else None
     for entry, name in ((embedding, skeleton.embedding_name()), (head, skeleton.head_name())):
         if entry is None:
-            raise InputError(f"{checkpoint.folder}: no tensor for the parameter {name}; is a shard missing?")
+            raise CheckpointError(f"{checkpoint.folder}: no tensor for the parameter {name}; is a shard missing?")
     assert embedding is not None
     assert head is not None
     return StemTask(tuple(ModuleTensor(name, by_module[name]) for name in needed), embedding, head)
@@ -130,7 +130,9 @@ def _block(
     module = skeleton.blocks[index]
     missing = [name for name, _ in module.named_parameters() if prefix + name not in by_module]
     if missing:
-        raise InputError(f"{checkpoint.folder}: no tensor for the parameter {prefix}{missing[0]}; is a shard missing?")
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tensor for the parameter {prefix}{missing[0]}; is a shard missing?"
+        )
     tensors = tuple(ModuleTensor(name, entry) for name, entry in by_module.items() if name.startswith(prefix))
     others = tuple(
         checkpoint.tensors[disk] for disk, name in names.items() if name.startswith(prefix) and disk not in matched
@@ -140,7 +142,7 @@ def _block(
         for name in members.linears:
             entry = by_module[f"{prefix}{name}.weight"]
             if entry.dtype not in FLOAT_DTYPES:
-                raise InputError(
+                raise CheckpointError(
                     f"{entry.path}: tensor {entry.name} has dtype {entry.dtype}; only "
                     f"{', '.join(sorted(FLOAT_DTYPES))} can be computed with: save the model in bfloat16 first"
                 )

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator.events import (
     BlockDone,
     Event,
@@ -38,7 +38,7 @@ def check_installed(tools: Sequence[str]) -> None:
     """
     for tool in tools:
         if find_spec(tool) is None:
-            raise InputError(f"--log-to {tool}: the package {tool} is not installed; install it: pip install {tool}")
+            raise OptionError(f"--log-to {tool}: the package {tool} is not installed; install it: pip install {tool}")
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def metrics_logged(
             try:
                 logs[tool] = stack.enter_context(TOOLS[tool](output, about))
             except Exception as error:  # whatever another package does
-                raise InputError(f"--log-to {tool}: cannot begin: {' '.join(str(error).split())}") from error
+                raise OptionError(f"--log-to {tool}: cannot begin: {' '.join(str(error).split())}") from error
 
         def listen(event: Event) -> None:
             if not isinstance(event, BlockDone | RunFinished):

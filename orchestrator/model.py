@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from billhook.layerworkers.access import OutputAccess
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import CheckpointError, OptionError
 from billhook.layerworkers.experts import are_separate
 from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.tasks import WorkerSetup
@@ -82,7 +82,7 @@ def open_model(
     device = _resolve_device(device) if device_needed else device
     folder = resolve_model(model)
     if not any(folder.iterdir()):
-        raise InputError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
+        raise CheckpointError(f"{folder}: the folder is empty; expected a Hugging Face model folder")
     config = read_config(folder)
     if weights_needed or has_weights(folder):
         checkpoint = open_checkpoint(folder)
@@ -125,14 +125,14 @@ def check_gpus(workers: int, device: str, address: str | None) -> None:
         InputError: when it has not.
     """
     if device == "cuda" and address is None and workers > torch.cuda.device_count():
-        raise InputError(
+        raise OptionError(
             f"--workers {workers}: this machine has {torch.cuda.device_count()} GPU(s), and each worker needs one"
         )
 
 
 def _resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
+        raise OptionError(
             "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

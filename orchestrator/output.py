@@ -21,7 +21,14 @@ from typing import Any
 
 from billhook.layerworkers.access import OutputAccess
 from billhook.layerworkers.descriptors import disk_failure
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import (
+    DamagedRunError,
+    NoRunError,
+    NoWorkersError,
+    OutputBusyError,
+    OutputError,
+    OutputGoneError,
+)
 from billhook.layerworkers.files import READ_THREADS, read_bytes, sync_file, write_bytes
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint
@@ -52,7 +59,7 @@ def is_ours(output: Path) -> bool:
     try:
         return private.is_dir() and ((private / LOCK).is_file() or not any(private.iterdir()))
     except OSError as error:
-        raise InputError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
+        raise NoRunError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
 
 
 def check_free(output: Path, checkpoint: Checkpoint) -> None:
@@ -63,13 +70,13 @@ def check_free(output: Path, checkpoint: Checkpoint) -> None:
     """
     source = checkpoint.folder.resolve()
     if output.resolve() == source or source in output.resolve().parents:
-        raise InputError(f"-o {output}: is the source model's folder or inside it; choose another folder")
+        raise OutputError(f"-o {output}: is the source model's folder or inside it; choose another folder")
     if FOLDER in checkpoint.others:
-        raise InputError(f"{source / FOLDER}: the output needs this name for a folder of its own; move the file away")
+        raise OutputError(f"{source / FOLDER}: the output needs this name for a folder of its own; move the file away")
     if output.exists() and not output.is_dir():
-        raise InputError(f"-o {output}: is a file; choose a folder")
+        raise OutputError(f"-o {output}: is a file; choose a folder")
     if output.is_dir() and any(output.iterdir()) and not is_ours(output):
-        raise InputError(f"-o {output}: the folder is not empty and holds no billhook run; choose another or empty it")
+        raise OutputError(f"-o {output}: the folder is not empty and holds no billhook run; choose another or empty it")
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class Lock:
             RunError: when it was removed or replaced: nothing may be committed there.
         """
         if not self.in_place:
-            raise RunError(f"{self.path}: was removed or replaced while this command wrote there; it ends")
+            raise OutputGoneError(f"{self.path}: was removed or replaced while this command wrote there; it ends")
 
 
 @contextmanager
@@ -110,17 +117,17 @@ def locked(output: Path) -> Iterator[Lock]:
             private.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(private / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise InputError(f"-o {output}: cannot be written to: {error.strerror}") from error
+            raise OutputError(f"-o {output}: cannot be written to: {error.strerror}") from error
         try:
             try:
                 got = _lock_within(descriptor, LOCK_SECONDS)
             except OSError as error:
-                raise InputError(
+                raise OutputError(
                     f"-o {output}: its file system has no locks ({error.strerror}); choose another"
                 ) from error
             if not got:
                 who = " (process {pid} on {host})".format_map({"pid": "?", "host": "?", **holder_of(output)})
-                raise InputError(
+                raise OutputBusyError(
                     f"-o {output}: another billhook is writing to it{who}; wait for it, or choose another. A lock of a "
                     "machine that died ends with its lease on the file server, in a minute or two"
                 )
@@ -150,7 +157,7 @@ def is_locked(output: Path) -> bool:
     try:
         descriptor = os.open(output / FOLDER / LOCK, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
+        raise NoRunError(f"{output}: cannot be read: {error.strerror}; only its owner can") from error
     try:
         return not _lock_within(descriptor, 0.0, fcntl.LOCK_SH)
     finally:
@@ -170,7 +177,7 @@ def begin_access(output: Path) -> OutputAccess:
         raise disk_failure(str(path), "opening", error) from error
     try:
         if not _lock_within(descriptor, ORPHANS_SECONDS):
-            raise RunError(
+            raise NoWorkersError(
                 f"{path}: workers of an earlier command still hold it after {ORPHANS_SECONDS:g} s; end their processes "
                 "and run the same command again"
             )
@@ -229,7 +236,7 @@ def unseal(output: Path, checkpoint: Checkpoint) -> None:
                 (output / shard.name).rename(part)
         sync_file(str(output))
     except FileNotFoundError as error:
-        raise RunError(f"{error.filename}: is gone; remove {output} and begin again") from error
+        raise OutputGoneError(f"{error.filename}: is gone; remove {output} and begin again") from error
     except OSError as error:
         raise disk_failure(f"{output}/", "renaming a shard", error) from error
 
@@ -320,11 +327,11 @@ def read_manifest(output: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{output}: no {FOLDER}/{MANIFEST}: not a finished checkpoint of billhook") from error
+        raise NoRunError(f"{output}: no {FOLDER}/{MANIFEST}: not a finished checkpoint of billhook") from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise DamagedRunError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
+        raise DamagedRunError(f"{path}: expected a JSON object")
     return content
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 
 
 def user_path(text: str | Path) -> Path:
@@ -16,4 +16,4 @@ def user_path(text: str | Path) -> Path:
     try:
         return Path(text).expanduser().resolve()
     except (RuntimeError, OSError) as error:
-        raise InputError(f"{text}: is no path: {error}") from error
+        raise OptionError(f"{text}: is no path: {error}") from error

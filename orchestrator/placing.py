@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import BudgetError
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.phases import (
@@ -26,7 +26,7 @@ RAM_TRUST = 0.97
 """Share of the RAM budget that is planned with: what processes take is not known to the last page."""
 
 
-class DoesNotFitError(InputError):
+class DoesNotFitError(BudgetError):
     """No way of working fits the budgets."""
 
     def __init__(self, reason: str, smallest: Budgets):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Unpack
 
 from billhook.cluster.memory import own_bytes
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import BudgetError, InputError
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import BlockTask, Coverage, LinearTask
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
@@ -297,7 +297,7 @@ def _cadence(
             return choice
     if resources.keep_inputs == "auto":
         return 0
-    raise InputError(
+    raise BudgetError(
         f"--keep-inputs {every}: the disk has no room for another {kept_copies(every) * size} bytes; free some space, "
         "or say --keep-inputs never"
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, cast
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from billhook.layerworkers.errors import InputError, nearest
+from billhook.layerworkers.errors import OptionError, nearest
 from billhook.orchestrator.paths import user_path
 
 Value = bool | int | float | str
@@ -199,7 +199,7 @@ def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Rec
     known = [*Recipe.model_fields, *Resources.model_fields]
     for key in merged:
         if key not in known:
-            raise InputError(f"option {key!r} is unknown{nearest(key, known)}; known are {', '.join(known)}")
+            raise OptionError(f"option {key!r} is unknown{nearest(key, known)}; known are {', '.join(known)}")
     try:
         return (
             Recipe(**{key: value for key, value in merged.items() if key in Recipe.model_fields}),
@@ -209,7 +209,7 @@ def read_options(recipe_file: str | Path | None, given: RunOptions) -> tuple[Rec
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
         reason = problem["msg"].removeprefix("Value error, ")
-        raise InputError(f"option {name}: {reason}, found {problem['input']!r}") from error
+        raise OptionError(f"option {name}: {reason}, found {problem['input']!r}") from error
 
 
 def merged_options(before: Mapping[str, Any], given: RunOptions) -> RunOptions:
@@ -237,11 +237,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--recipe {path}: cannot be read as YAML: {error}") from error
+        raise OptionError(f"--recipe {path}: cannot be read as YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"--recipe {path}: expected a mapping of option names to values")
+        raise OptionError(f"--recipe {path}: expected a mapping of option names to values")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
@@ -267,7 +267,7 @@ def checked_options(flag: str, owner: str, kind_of_options: type[Any], options: 
     for key, value in options.items():
         if key not in fields:
             known = f"known are {', '.join(fields)}" if fields else "it has none"
-            raise InputError(f"{flag} {key}: {owner} has no such option{nearest(key, list(fields))}; {known}")
+            raise OptionError(f"{flag} {key}: {owner} has no such option{nearest(key, list(fields))}; {known}")
         kind: Any = type(fields[key].default)
         if kind is str:
             checked[key] = str(value)
@@ -275,8 +275,8 @@ def checked_options(flag: str, owner: str, kind_of_options: type[Any], options: 
         try:
             number = kind(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{flag} {key}={value}: expected a number like {fields[key].default}") from error
+            raise OptionError(f"{flag} {key}={value}: expected a number like {fields[key].default}") from error
         if (kind is int and float(value) != number) or isinstance(value, bool) or not math.isfinite(number):
-            raise InputError(f"{flag} {key}={value}: expected a number like {fields[key].default}")
+            raise OptionError(f"{flag} {key}={value}: expected a number like {fields[key].default}")
         checked[key] = number
     return kind_of_options(**checked)

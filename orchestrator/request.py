@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError, UnsupportedModelError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import Method, method_named
 from billhook.layerworkers.observing import ScoreFacts
@@ -159,16 +159,16 @@ def _allocation(
         allocator_options(UNIFORM, recipe.allocation_options)
         return None
     if isinstance(pattern, NM):
-        raise InputError(
+        raise OptionError(
             f"--allocation {recipe.allocation}: the pattern {pattern} takes the same share of every linear; use it "
             "with --pattern unstructured"
         )
     if user_path(recipe.allocation).is_file():
         if recipe.allocation_options:
-            raise InputError(f"--set-allocation: the file {recipe.allocation} has no options")
+            raise OptionError(f"--set-allocation: the file {recipe.allocation} has no options")
         found = read_allocation(recipe.allocation, matrices_of(recipe.method, chosen))
         if asked_sparsity is not None and abs(float(found.sparsity) - asked_sparsity) > 1e-3:
-            raise InputError(
+            raise OptionError(
                 f"--sparsity {asked_sparsity} contradicts --allocation {recipe.allocation}, which removes "
                 f"{float(found.sparsity):.4f}; leave --sparsity out"
             )
@@ -227,18 +227,18 @@ def check_context(seqlen: int, config: Any) -> None:
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and seqlen > context:
-        raise InputError(f"--seqlen {seqlen}: the model's context is {context} tokens; use at most that")
+        raise OptionError(f"--seqlen {seqlen}: the model's context is {context} tokens; use at most that")
 
 
 def _choose(layout: Layout, recipe: Recipe, folder: Path) -> tuple[tuple[tuple[Linear, ...], ...], tuple[Linear, ...]]:
     include, exclude = _compile("--include", recipe.include), _compile("--exclude", recipe.exclude)
     everything = [linear for block in layout.blocks for linear in block.linears]
     if not everything:
-        raise InputError(f"{folder}: the blocks have no linear layers that billhook knows how to prune")
+        raise UnsupportedModelError(f"{folder}: the blocks have no linear layers that billhook knows how to prune")
     for option, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             if not any(pattern.search(linear.disk_name) for linear in everything):
-                raise InputError(
+                raise OptionError(
                     f"{option} {pattern.pattern}: matches none of the {len(everything)} linears, whose names are like "
                     f"{everything[0].disk_name}"
                 )
@@ -250,7 +250,7 @@ def _choose(layout: Layout, recipe: Recipe, folder: Path) -> tuple[tuple[tuple[L
 
     chosen = tuple(tuple(linear for linear in block.linears if wanted(linear)) for block in layout.blocks)
     if not any(chosen):
-        raise InputError("--include and --exclude together leave nothing to prune")
+        raise OptionError("--include and --exclude together leave nothing to prune")
     return chosen, tuple(linear for linear in everything if not wanted(linear))
 
 
@@ -260,7 +260,7 @@ def _compile(option: str, patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise InputError(f"{option} {pattern}: is not a regular expression: {error}") from error
+            raise OptionError(f"{option} {pattern}: is not a regular expression: {error}") from error
     return compiled
 
 
@@ -268,7 +268,7 @@ def _check_widths(chosen: tuple[tuple[Linear, ...], ...], pattern: Pattern) -> N
     if isinstance(pattern, NM):
         for linear in (linear for block in chosen for linear in block):
             if linear.shape[1] % pattern.group:
-                raise InputError(
+                raise OptionError(
                     f"--pattern {pattern}: {linear.disk_name} is {linear.shape[1]} wide, which {pattern.group} does "
                     "not divide; --exclude it or choose another pattern"
                 )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.text import Text
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import NoRunError
 from billhook.orchestrator.event_log import read_events
 from billhook.orchestrator.history import history_of
 from billhook.orchestrator.journal import read_journal
@@ -75,7 +75,7 @@ def status(output: str | Path) -> Status:
     """
     folder = user_path(output)
     if not folder.is_dir() or not is_ours(folder):
-        raise InputError(f"{output}: no billhook run in this folder")
+        raise NoRunError(f"{output}: no billhook run in this folder")
     running = is_locked(folder)  # before the journal is read: a run that ends in between is then no dead one
     lines = read_journal(folder)
     history = history_of(lines)

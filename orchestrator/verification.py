@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import InputError, NoRunError, RunError
 from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.patterns import NM, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
@@ -57,10 +57,10 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     """
     folder = user_path(output)
     if not folder.is_dir() or not is_ours(folder):
-        raise InputError(f"{output}: no billhook run in this folder; 'billhook inspect' reads any checkpoint")
+        raise NoRunError(f"{output}: no billhook run in this folder; 'billhook inspect' reads any checkpoint")
     history = read_history(folder)
     if history.done is None:
-        raise InputError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
+        raise NoRunError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
     problems: list[Problem] = []
     manifest = read_manifest(folder)
     manifest_path = folder / FOLDER / MANIFEST

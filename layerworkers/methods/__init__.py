@@ -15,7 +15,7 @@ import functools
 from importlib.metadata import entry_points
 from typing import Any
 
-from billhook.layerworkers.errors import InputError, nearest
+from billhook.layerworkers.errors import OptionError, nearest
 from billhook.layerworkers.methods.admm import ADMM
 from billhook.layerworkers.methods.alps import ALPS
 from billhook.layerworkers.methods.chain import chain
@@ -48,12 +48,12 @@ def _add_plugins() -> None:
         try:
             found = point.load()
         except Exception as error:  # whatever another package does when it is imported
-            raise InputError(f"the entry point {point.value} of {PLUGINS} cannot be loaded: {error}") from error
+            raise OptionError(f"the entry point {point.value} of {PLUGINS} cannot be loaded: {error}") from error
         if not isinstance(found, Method | Refinement):
-            raise InputError(f"the entry point {point.value} of {PLUGINS} is neither a Method nor a Refinement")
+            raise OptionError(f"the entry point {point.value} of {PLUGINS} is neither a Method nor a Refinement")
         table: dict[str, Any] = METHODS if isinstance(found, Method) else REFINEMENTS
         if found.name in table:
-            raise InputError(f"the entry point {point.value} of {PLUGINS} is called {found.name!r}, as another one is")
+            raise OptionError(f"the entry point {point.value} of {PLUGINS} is called {found.name!r}, as another one is")
         table[found.name] = found
 
 
@@ -69,10 +69,10 @@ def method_named(name: str) -> Method:
     """
     first, *others = name.split("+")
     if first not in METHODS:
-        raise InputError(f"--method {name}: unknown{nearest(first, [*METHODS])}; known are {', '.join(METHODS)}")
+        raise OptionError(f"--method {name}: unknown{nearest(first, [*METHODS])}; known are {', '.join(METHODS)}")
     for other in others:
         if other not in REFINEMENTS:
-            raise InputError(
+            raise OptionError(
                 f"--method {name}: {other!r} cannot follow a method{nearest(other, [*REFINEMENTS])}; what can is "
                 f"{', '.join(REFINEMENTS)}"
             )

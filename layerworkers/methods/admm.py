@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.products import matmul_by_rows
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, partition_sums, quadratic_sums
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, normalised_load
@@ -38,14 +38,14 @@ class Options:
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
         if not 0 < self.rho < float("inf"):
-            raise InputError(f"rho={self.rho}: expected a positive number, for example 1")
+            raise OptionError(f"rho={self.rho}: expected a positive number, for example 1")
         if not 1 <= self.reselections <= self.iterations:
-            raise InputError(
+            raise OptionError(
                 f"reselections={self.reselections}, iterations={self.iterations}: "
                 "expected 1 <= reselections <= iterations"
             )
         if self.schedule not in ("constant", "cubic"):
-            raise InputError(f"schedule={self.schedule}: expected 'constant' or 'cubic'")
+            raise OptionError(f"schedule={self.schedule}: expected 'constant' or 'cubic'")
 
 
 def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:

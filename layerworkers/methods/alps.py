@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.refit import refit_steps_
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, partition_sums
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, spectral_load
@@ -39,9 +39,9 @@ class Options:
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
         if not 0 < self.rho < float("inf"):
-            raise InputError(f"rho={self.rho}: expected a positive number, for example 0.1")
+            raise OptionError(f"rho={self.rho}: expected a positive number, for example 0.1")
         if self.iterations < CHECK_EVERY or self.refit_steps < 0:
-            raise InputError(
+            raise OptionError(
                 f"iterations={self.iterations}, refit_steps={self.refit_steps}: expected at least {CHECK_EVERY} and at "
                 "least 0"
             )

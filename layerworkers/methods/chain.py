@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from billhook.layerworkers.collective import Load
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Method, Refinement, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
@@ -91,5 +91,5 @@ def _covering(name: str, statistics: Sequence[Statistic]) -> Statistic | None:
             return each
     if statistics:
         needs = ", ".join(dict.fromkeys(each.name for each in statistics))
-        raise InputError(f"--method {name}: its parts need different statistics ({needs}), and none gives them all")
+        raise OptionError(f"--method {name}: its parts need different statistics ({needs}), and none gives them all")
     return None

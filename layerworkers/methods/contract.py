@@ -11,7 +11,7 @@ from torch import Tensor
 from billhook.kernels.products import matmul_by_rows, row_partitions
 from billhook.kernels.select import zero_where_
 from billhook.layerworkers.collective import Load
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.patterns import Pattern, Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.statistics import Statistic
@@ -128,4 +128,4 @@ def check_ridge(ridge: float) -> None:
         InputError: when it is negative or not finite.
     """
     if not 0 <= ridge < float("inf"):
-        raise InputError(f"ridge={ridge}: expected a number of at least 0, for example 0.1")
+        raise OptionError(f"ridge={ridge}: expected a number of at least 0, for example 0.1")

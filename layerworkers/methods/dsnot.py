@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Refinement, Solution, partition_sums
 from billhook.layerworkers.patterns import NM, Pattern
 from billhook.layerworkers.problem import LinearProblem, moments_load
@@ -28,9 +28,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.cycles < 1:
-            raise InputError(f"cycles={self.cycles}: expected a number of exchanges, for example 50")
+            raise OptionError(f"cycles={self.cycles}: expected a number of exchanges, for example 50")
         if not 0 <= self.threshold < float("inf"):
-            raise InputError(f"threshold={self.threshold}: expected a number of at least 0, for example 0.1")
+            raise OptionError(f"threshold={self.threshold}: expected a number of at least 0, for example 0.1")
 
 
 def refine(

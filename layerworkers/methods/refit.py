@@ -13,7 +13,7 @@ from torch import Tensor
 from billhook.kernels.factor import NotPositiveDefiniteError
 from billhook.kernels.products import matmul_by_rows
 from billhook.kernels.refit import refit_reference, refit_steps_
-from billhook.layerworkers.errors import InputError, RunError
+from billhook.layerworkers.errors import IllConditionedError, OptionError
 from billhook.layerworkers.methods.contract import Refinement, Solution, check_ridge, quadratic_sums
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.problem import LinearProblem, Ridged, ridged_load
@@ -32,7 +32,7 @@ class Options:
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
         if self.refit_steps < 1:
-            raise InputError(f"refit_steps={self.refit_steps}: expected a number of steps, for example 10")
+            raise OptionError(f"refit_steps={self.refit_steps}: expected a number of steps, for example 10")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def refine_exactly(
     try:
         v_RC = refit_reference(v0_RC.double(), solution.weight_RC != 0, form.gram_CC.double()).float()
     except NotPositiveDefiniteError as error:
-        raise RunError("the Gram matrix of a row's support is not positive definite; raise the ridge") from error
+        raise IllConditionedError(
+            "the Gram matrix of a row's support is not positive definite; raise the ridge"
+        ) from error
     return _refined(v_RC, v0_RC, solution, form, problem.partition_rows)
 
 

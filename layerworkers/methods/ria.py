@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Method, Solution, mask_by_score
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, column_squares_load
@@ -26,7 +26,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 <= self.exponent < float("inf"):
-            raise InputError(f"exponent={self.exponent}: expected a number of at least 0, for example 0.5")
+            raise OptionError(f"exponent={self.exponent}: expected a number of at least 0, for example 0.5")
 
 
 def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:

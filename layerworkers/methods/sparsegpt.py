@@ -12,7 +12,7 @@ from torch import Tensor
 
 from billhook.kernels.products import row_partitions
 from billhook.kernels.sweep import sweep_groups, sweep_masked
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
 from billhook.layerworkers.patterns import NM, Pattern, Selector, refuse_nan
 from billhook.layerworkers.problem import LinearProblem, inverse_factor_load
@@ -30,9 +30,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < float("inf"):
-            raise InputError(f"damping={self.damping}: expected a positive number, for example 0.01")
+            raise OptionError(f"damping={self.damping}: expected a positive number, for example 0.01")
         if self.block < 1:
-            raise InputError(f"block={self.block}: expected a number of columns, for example 128")
+            raise OptionError(f"block={self.block}: expected a number of columns, for example 128")
 
 
 def block_columns(pattern: Pattern, options: Options) -> int:

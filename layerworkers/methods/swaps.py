@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.swaps import swap_
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Refinement, Solution, check_ridge, quadratic_sums
 from billhook.layerworkers.patterns import NM, Pattern
 from billhook.layerworkers.problem import LinearProblem, ridged_load
@@ -30,7 +30,7 @@ class Options:
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
         if self.swaps < 1:
-            raise InputError(f"swaps={self.swaps}: expected a number of swaps in a row, for example 32")
+            raise OptionError(f"swaps={self.swaps}: expected a number of swaps in a row, for example 32")
 
 
 def refine(

@@ -10,7 +10,7 @@ from torch import Tensor
 from billhook.kernels.factor import NotPositiveDefiniteError
 from billhook.kernels.joint import remove_jointly_
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.errors import RunError
+from billhook.layerworkers.errors import IllConditionedError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
 from billhook.layerworkers.methods.sparsegpt import Options, block_columns, damped_energy
 from billhook.layerworkers.patterns import NM, Selector
@@ -47,7 +47,9 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
         try:
             error_RB = remove_jointly_(block_RB, corner_BB, prune_RB, problem.partition_rows)
         except NotPositiveDefiniteError as error:
-            raise RunError("what is removed of a row cannot be made up for in float64; raise the damping") from error
+            raise IllConditionedError(
+                "what is removed of a row cannot be made up for in float64; raise the damping"
+            ) from error
         weight_RC[:, start:stop] = block_RB
         for first, last in row_partitions(len(error_RB), problem.partition_rows):
             squared_error_R1[first:last] += error_RB[first:last].square().sum(dim=1, keepdim=True)

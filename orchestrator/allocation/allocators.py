@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator.allocation.alphapruning import AlphaPruningOptions, alphapruning
 from billhook.orchestrator.allocation.contract import (
     Allocator,
@@ -35,7 +35,7 @@ class OwlOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.outlier < float("inf"):
-            raise InputError(f"outlier={self.outlier}: expected a positive number, for example 5")
+            raise OptionError(f"outlier={self.outlier}: expected a positive number, for example 5")
         check_spread(self.spread)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator.allocation.contract import Evidence
 
 BINS = 100
@@ -26,7 +26,7 @@ class AlphaPruningOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread <= 1:
-            raise InputError(f"spread={self.spread}: expected a number between 0 and 1, for example 0.3")
+            raise OptionError(f"spread={self.spread}: expected a number between 0 and 1, for example 0.3")
 
 
 def alphapruning(evidence: Evidence, sparsity: float, options: AlphaPruningOptions) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator.allocation.budget import Matrix
 from billhook.orchestrator.allocation.magnitudes import Histogram
@@ -53,7 +53,7 @@ class NoOptions:
 def check_spread(spread: float) -> None:
     """Check the option ``spread`` of allocators that :func:`spread_out` densities."""
     if not 0 <= spread <= 0.5:
-        raise InputError(f"spread={spread}: expected a number between 0 and 0.5, for example 0.08")
+        raise OptionError(f"spread={spread}: expected a number between 0 and 0.5, for example 0.08")
 
 
 def spread_out(scores: Sequence[float], sparsity: float, spread: float) -> list[float]:

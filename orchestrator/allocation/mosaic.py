@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from billhook.layerworkers.errors import InputError
+from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator.allocation.contract import Evidence, check_spread, spread_out
 
@@ -21,7 +21,7 @@ class MosaicOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.outlier < float("inf"):
-            raise InputError(f"outlier={self.outlier}: expected a positive number, for example 5")
+            raise OptionError(f"outlier={self.outlier}: expected a positive number, for example 5")
         check_spread(self.spread)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from billhook.layerworkers.errors import InputError, nearest
+from billhook.layerworkers.errors import OptionError, nearest
 from billhook.orchestrator.allocation.allocators import ALLOCATORS
 from billhook.orchestrator.allocation.budget import Matrix, to_budget
 from billhook.orchestrator.allocation.contract import Evidence
@@ -77,7 +77,7 @@ def check_allocator(name: str) -> None:
         InputError: when there is none.
     """
     if name not in ALLOCATORS:
-        raise InputError(
+        raise OptionError(
             f"--allocation {name}: neither a file nor an allocator{nearest(name, list(ALLOCATORS))}; known are "
             f"{', '.join(ALLOCATORS)}"
         )
@@ -106,30 +106,30 @@ def read_allocation(path: str, matrices: Sequence[Matrix]) -> Allocation:
     try:
         found = _File.model_validate_json(user_path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--allocation {path}: cannot be read: {error}") from error
+        raise OptionError(f"--allocation {path}: cannot be read: {error}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise InputError(
+        raise OptionError(
             f"--allocation {path}: {where or 'the file'}: {problem['msg']}; 'billhook allocate' writes such files"
         ) from error
     expected = {matrix.name: matrix for matrix in matrices}
     for name in [*(expected.keys() - found.linears.keys()), *(found.linears.keys() - expected.keys())]:
         where = "the file" if name in expected else "what is pruned of the model"
-        raise InputError(
+        raise OptionError(
             f"--allocation {path}: {name} is missing in {where}; make the file with the same model, --include and "
             "--exclude"
         )
     for name, share in found.linears.items():
         matrix = expected[name]
         if share.of != matrix.size:
-            raise InputError(
+            raise OptionError(
                 f"--allocation {path}: {name} has {matrix.size} entries, not {share.of}; the file is of another model"
             )
         if not 0 <= share.removed < matrix.size:
-            raise InputError(f"--allocation {path}: {name}: cannot remove {share.removed} of {matrix.size} entries")
+            raise OptionError(f"--allocation {path}: {name}: cannot remove {share.removed} of {matrix.size} entries")
         if share.removed % matrix.step:
-            raise InputError(
+            raise OptionError(
                 f"--allocation {path}: {name}: the method removes as many entries from each of the {matrix.rows} rows, "
                 f"and {share.removed} is no multiple of that; make the file with the same --method"
             )
