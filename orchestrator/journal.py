@@ -50,6 +50,11 @@ def read_journal(output: Path) -> list[Line]:
     return lines
 
 
+def has_loose_end(output: Path) -> bool:
+    """Whether anything follows the committed lines, such as a line that was torn when the machine died."""
+    return journal_path(output).read_bytes() != b"".join(map(_encode, read_journal(output)))
+
+
 def append(output: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Append one line, with the time, and wait until it is on the disk: from then on it holds.
 

@@ -304,9 +304,7 @@ def write_manifest(output: Path, content: Mapping[str, Any]) -> str:
     Raises:
         RunError: when the disk fails.
     """
-    paths = [path for path in sorted(output.iterdir()) if path.is_file()]
-    with ThreadPoolExecutor(READ_THREADS, "hash") as threads:
-        files = dict(zip((path.name for path in paths), threads.map(sha256_of, paths), strict=True))
+    files = hashes_of([path for path in sorted(output.iterdir()) if path.is_file()])
     data = json.dumps({**content, "files": files}, indent=1, sort_keys=True, default=_plain) + "\n"
     path = output / FOLDER / MANIFEST
     try:
@@ -338,6 +336,12 @@ def read_manifest(output: Path) -> dict[str, Any]:
 def size_bytes(output: Path) -> int:
     """Return the size of all files in the output, shards that are not full yet included."""
     return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+
+
+def hashes_of(paths: Sequence[Path]) -> dict[str, str]:
+    """Return the sha256 of files, by name."""
+    with ThreadPoolExecutor(READ_THREADS, "hash") as threads:
+        return dict(zip((path.name for path in paths), threads.map(sha256_of, paths), strict=True))
 
 
 def sha256_of(path: Path) -> str:

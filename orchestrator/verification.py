@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +12,15 @@ import torch
 
 from billhook.layerworkers.errors import InputError, NoRunError, RunError
 from billhook.layerworkers.files import read_bytes
-from billhook.layerworkers.patterns import NM, parse_pattern
+from billhook.layerworkers.patterns import NM, exact_fraction, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.solving import DENSE
-from billhook.orchestrator.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from billhook.orchestrator.history import Decided, read_history
+from billhook.orchestrator.allocation import UNIFORM
+from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_checkpoint, resolve_model
+from billhook.orchestrator.history import Decided, History, read_history
 from billhook.orchestrator.inspection import most_kept, pieces
-from billhook.orchestrator.journal import FOLDER
-from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, is_ours, read_manifest, sha256_of
+from billhook.orchestrator.journal import FOLDER, has_loose_end, journal_path
+from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, hashes_of, is_ours, read_manifest, sha256_of
 from billhook.orchestrator.paths import user_path
 
 
@@ -48,12 +48,13 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     """Check a finished checkpoint; ``against`` is its source, by default the one that it was made from, if
     it is still there and the same.
 
-    Checked are: the journal and the manifest, the hash of every file; of each pruned tensor the count of zeros, the
-    N:M pattern, no NaN, no infinity, no negative zero; against the source the files, names, dtypes, shapes, shard
-    layout, and byte identity of every tensor that was not pruned.
+    Checked are: the journal line by line, the manifest against it, the hash of every file; of each pruned tensor the
+    count of zeros against the pattern, the N:M pattern, no NaN, no infinity, no negative zero; against the source the
+    files, names, dtypes, shapes, shard layout, and byte identity of every tensor that was not pruned. What is timed
+    (``events.jsonl`` and whatever else lies in the private folder) is not part of it.
 
     Raises:
-        InputError: when ``output`` holds no finished run, or ``against`` is no checkpoint.
+        InputError: when ``output`` holds no finished run, its journal is damaged, or ``against`` is no checkpoint.
     """
     folder = user_path(output)
     if not folder.is_dir() or not is_ours(folder):
@@ -61,15 +62,13 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     history = read_history(folder)
     if history.done is None:
         raise NoRunError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
-    problems: list[Problem] = []
-    manifest = read_manifest(folder)
-    manifest_path = folder / FOLDER / MANIFEST
-    if hashlib.sha256(manifest_path.read_bytes()).hexdigest() != history.done["manifest"]:
-        problems.append(Problem(f"{FOLDER}/{MANIFEST}", "differs from what the journal committed"))
-    problems += _check_files(folder, manifest)
-    checked = 0
     source = _source(against, history.decided[-1])
+    problems: list[Problem] = []
+    checked = 0
     try:
+        manifest = read_manifest(folder)
+        problems += _check_record(folder, history, manifest)
+        problems += _check_files(folder, manifest)
         checkpoint = open_checkpoint(folder)
         checked = len(checkpoint.tensors)
         for linear in manifest["linears"]:
@@ -79,7 +78,9 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
             problems += _check_against(checkpoint, source, pruned)
     except (InputError, RunError) as error:
         problems.append(Problem(str(folder), str(error)))
-    except (KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        problems.append(Problem(str(error.filename or folder), error.strerror or str(error)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         problems.append(Problem(f"{FOLDER}/{MANIFEST}", f"is malformed: {error!r}"))
     return Verification(not problems, tuple(problems), checked, str(source.folder) if source else None)
 
@@ -94,15 +95,62 @@ def _source(against: str | Path | None, decided: Decided) -> Checkpoint | None:
     return source if source.source().sha256 == decided.fingerprint["checkpoint"] else None
 
 
+def _check_record(folder: Path, history: History, manifest: dict[str, Any]) -> Iterator[Problem]:
+    """Compare journal and manifest, and what they say was removed with what was asked for."""
+    name = f"{FOLDER}/{MANIFEST}"
+    if has_loose_end(folder):
+        yield Problem(f"{FOLDER}/{journal_path(folder).name}", "something follows its last line")
+    assert history.done is not None
+    if sha256_of(folder / FOLDER / MANIFEST) != history.done["manifest"]:
+        yield Problem(name, "differs from what the journal committed")
+    *earlier, current = history.decided
+    recorded = {
+        **current.fingerprint,
+        "from_block": current.first_block,
+        "earlier": [{"from_block": each.first_block, **each.fingerprint} for each in earlier],
+        "linears": [linear for block in history.blocks for linear in block["linears"]],
+    }
+    for key, value in recorded.items():
+        if manifest.get(key) != value:
+            yield Problem(name, f"its {key!r} differs from the journal's")
+    for block in history.blocks:
+        decided = [each for each in history.decided if each.first_block <= block["index"]][-1]
+        for linear in block["linears"]:
+            yield from _check_count(linear, decided.fingerprint["recipe"])
+
+
+def _check_count(linear: dict[str, Any], recipe: dict[str, Any]) -> Iterator[Problem]:
+    """Compare the entries that were removed of a linear with its pattern."""
+    if linear["pattern"] == DENSE:
+        return
+    rows, columns = linear["shape"]
+    pattern = parse_pattern(linear["pattern"], None)
+    if pattern != parse_pattern(recipe["pattern"], None):
+        yield Problem(linear["name"], f"has the pattern {pattern}, {recipe['pattern']} was asked for")
+    if isinstance(pattern, NM):
+        if linear["removed"] != pattern.sparsity * rows * columns:
+            yield Problem(linear["name"], f"lost {linear['removed']} of {rows * columns} weights, pattern {pattern}")
+    elif recipe["allocation"] == UNIFORM:
+        # A method compares all entries, those of a row, or those of some columns: of each such part it removes the
+        # whole number below the share that was asked for.
+        wanted = exact_fraction(recipe["sparsity"]) * rows * columns
+        if not 0 <= wanted - linear["removed"] < max(rows, columns):
+            yield Problem(
+                linear["name"],
+                f"lost {linear['removed']} of {rows * columns} weights, {float(wanted):.0f} were asked for",
+            )
+
+
 def _check_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Problem]:
-    recorded = manifest.get("files", {})
+    recorded = manifest["files"]
     present = {path.name for path in folder.iterdir() if path.name != FOLDER}
     for name in sorted(present - set(recorded)):
         yield Problem(name, "is not in the manifest")
-    for name, expected in recorded.items():
-        if name not in present:
-            yield Problem(name, "is missing")
-        elif sha256_of(folder / name) != expected:
+    for name in sorted(set(recorded) - present):
+        yield Problem(name, "is missing")
+    found = hashes_of([folder / name for name in sorted(present & set(recorded))])
+    for name, sha256 in found.items():
+        if sha256 != recorded[name]:
             yield Problem(name, "its sha256 differs from the manifest's")
 
 
@@ -111,6 +159,9 @@ def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any]) -> Iterator[Pr
     entry = _entry(checkpoint, name)
     if entry is None:
         yield Problem(name, "was pruned according to the manifest, but is not in the checkpoint")
+        return
+    if not entry.size_bytes:
+        yield Problem(name, "is empty")
         return
     pattern = None if linear["pattern"] == DENSE else parse_pattern(linear["pattern"], None)
     if (pattern is None) != (linear["fallback"] == "dense"):
@@ -144,16 +195,32 @@ def _check_against(checkpoint: Checkpoint, source: Checkpoint, pruned: set[str])
     for name in sorted(own.keys() & theirs.keys()):
         if own[name].header != theirs[name].header:
             yield Problem(name, "its header (names, dtypes, shapes, offsets) differs from the source's")
+            yield from _differing_entries(own[name], theirs[name])
             continue
         for entry, original in zip(own[name].entries, theirs[name].entries, strict=True):
             for part, original_part in zip(_parts(entry, pruned), _parts(original, pruned), strict=True):
                 if part.name not in pruned and not _same_bytes(part, original_part):
                     yield Problem(part.name, "was not pruned, but differs from the source")
+    ours = {*own, *source.others, CARD, FOLDER}
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name not in ours:
+            yield Problem(path.name, "is not in the source")
     for name in source.others:
         if name != CARD and not (checkpoint.folder / name).is_file():
             yield Problem(name, "is in the source, but was not carried over")
         elif name != CARD and sha256_of(checkpoint.folder / name) != sha256_of(source.folder / name):
             yield Problem(name, "differs from the source")
+
+
+def _differing_entries(own: Shard, theirs: Shard) -> Iterator[Problem]:
+    found, expected = ({entry.name: entry for entry in shard.entries} for shard in (own, theirs))
+    for name in sorted(found.keys() ^ expected.keys()):
+        yield Problem(name, f"is in {own.name} of one of source and output only")
+    for name in sorted(found.keys() & expected.keys()):
+        for what in ("dtype", "shape", "start_bytes"):
+            here, there = getattr(found[name], what), getattr(expected[name], what)
+            if here != there:
+                yield Problem(name, f"its {what} is {here}, the source's {there}")
 
 
 def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,18 @@ def shape_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(llama: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished output of a 2:4 run: treat as read-only."""
+    from billhook.orchestrator import prune
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return prune(llama, out, method="magnitude", pattern="2:4", exclude=("down_proj",), workers=1).output
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))

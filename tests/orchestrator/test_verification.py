@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tampering import forge_hashes, read_shard, write_shard
 
-from billhook.orchestrator import InputError, prune, verify
+from billhook.orchestrator import InputError, verify
 from billhook.orchestrator.journal import append, journal_path, read_journal
-from billhook.orchestrator.output import sha256_of
-
-
-@pytest.fixture(scope="module")
-def pruned(llama: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("verify") / "out"
-    return prune(llama, out, method="magnitude", pattern="2:4", exclude=("down_proj",), workers=1).output
-
-
-@pytest.fixture
-def out(pruned: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pruned, tmp_path / "out"))
 
 
 def reasons(found: Any) -> str:
@@ -50,25 +37,13 @@ def test_any_changed_byte_of_any_file_is_found(out: Path, name: str, place: floa
 
 
 def tamper(out: Path, tensor: str, change: Callable[[torch.Tensor], None]) -> None:
-    """Change a tensor and make manifest and journal agree with the new hash: only the content gives it away."""
     for shard in out.glob("*.safetensors"):
-        data = bytearray(shard.read_bytes())
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header, data = read_shard(shard)
         if tensor in header:
-            begin = 8 + int.from_bytes(data[:8], "little")
-            start, stop = (begin + offset for offset in header[tensor]["data_offsets"])
-            values = torch.frombuffer(data, dtype=torch.bfloat16, count=(stop - start) // 2, offset=start)
-            change(values)
-            shard.write_bytes(data)
-            manifest_path = out / "billhook" / "manifest.json"
-            manifest = json.loads(manifest_path.read_text())
-            manifest["files"][shard.name] = sha256_of(shard)
-            manifest_path.write_text(json.dumps(manifest))
-            lines = read_journal(out)
-            journal_path(out).unlink()
-            lines[-1]["manifest"] = hashlib.sha256(manifest_path.read_bytes()).hexdigest()
-            for line in lines:
-                append(out, line.pop("kind"), line)
+            start, stop = header[tensor]["data_offsets"]
+            change(torch.frombuffer(data, dtype=torch.bfloat16, count=(stop - start) // 2, offset=start))
+            write_shard(shard, header, data)
+            forge_hashes(out)
             return
     raise AssertionError(tensor)
 
@@ -126,6 +101,44 @@ def test_a_changed_manifest_is_found(out: Path) -> None:
     assert "differs from what the journal committed" in reasons(verify(out))
 
 
+def recommit(out: Path, manifest: dict[str, Any]) -> None:
+    """Write another manifest, and the journal's last line for it."""
+    (out / "billhook" / "manifest.json").write_text(json.dumps(manifest))
+    forge_hashes(out)
+
+
+def test_a_manifest_that_contradicts_the_journal_is_found(out: Path) -> None:
+    manifest = json.loads((out / "billhook" / "manifest.json").read_text())
+    recommit(out, {**manifest, "linears": manifest["linears"][1:]})
+    assert "its 'linears' differs from the journal's" in reasons(verify(out))
+    recommit(out, {**manifest, "recipe": {**manifest["recipe"], "seed": 7}})
+    assert "its 'recipe' differs from the journal's" in reasons(verify(out))
+    recommit(out, manifest)
+    assert verify(out).ok
+
+
+def test_a_count_that_was_not_asked_for_is_found(out: Path) -> None:
+    lines = read_journal(out)
+    journal_path(out).unlink()
+    for line in lines:
+        if line["kind"] == "block":
+            line["linears"][0]["removed"] -= 1
+        append(out, line.pop("kind"), line)
+    assert "lost 2047 of 4096 weights, pattern 2:4" in reasons(verify(out))
+
+
+def test_what_follows_the_journal_is_found(out: Path) -> None:
+    with journal_path(out).open("ab") as journal:
+        journal.write(b"x")
+    assert "something follows its last line" in reasons(verify(out))
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_problem_not_a_crash(out: Path) -> None:
+    (out / "config.json").unlink()
+    (out / "config.json").mkdir()
+    assert "config.json: Is a directory" in reasons(verify(out))
+
+
 def test_a_truncated_shard_is_a_problem_not_a_crash(out: Path) -> None:
     path = out / "model-00001-of-00004.safetensors"
     path.write_bytes(path.read_bytes()[:100])
@@ -145,8 +158,8 @@ def test_what_is_no_finished_run_is_refused(llama: Path, tmp_path: Path) -> None
         verify(tmp_path / "nothing")
 
 
-def test_the_pruned_tensors_are_what_was_asked(pruned: Path) -> None:
-    for shard in pruned.glob("*.safetensors"):
+def test_the_pruned_tensors_are_what_was_asked(finished: Path) -> None:
+    for shard in finished.glob("*.safetensors"):
         with safe_open(shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 if "proj" in name and "down_proj" not in name:
