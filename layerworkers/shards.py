@@ -110,7 +110,7 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry]]:
             for name, info in header.items()
             if name != "__metadata__"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header cannot be read ({error}); copy it again") from error
     entries.sort(key=lambda entry: (entry.start_bytes, entry.stop_bytes))
     end = entries[-1].stop_bytes if entries else 8 + length

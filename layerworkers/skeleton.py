@@ -7,6 +7,7 @@ by a stub, so nothing here knows an architecture.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +43,9 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
         raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # transformers raises many kinds here, by what is wrong
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read it: {first_line} "
+            f"{path}: transformers cannot read it: {_in_one_line(error)} "
             "(an architecture with its own code needs --trust-remote-code)"
         ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -55,6 +55,29 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             "transformers nor one of image and text (an architecture with its own code needs --trust-remote-code)"
         )
     return config
+
+
+def _empty_model(config: Any, path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Make a model whose parameters are on the meta device."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = (_auto_class(config) or AutoModelForCausalLM).from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # whatever a class makes of values that cannot be
+        raise UnsupportedModelError(
+            f"{path}: transformers cannot make a model of it: {_in_one_line(error)}; is a value of it wrong?"
+        ) from error
+    if (count := config.get_text_config().num_hidden_layers) < 1:
+        raise UnsupportedModelError(f"{path}: num_hidden_layers is {count}; expected at least 1")
+    return model
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
 
 
 def _auto_class(config: Any) -> Any:
@@ -86,15 +109,9 @@ class Skeleton:
 
         route_all: experts show what they would make of all tokens.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.config = load_config(folder, trust_remote_code)
         self.dtype, self.device = dtype, device
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = (_auto_class(self.config) or AutoModelForCausalLM).from_config(
-                self.config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+        self.model = _empty_model(self.config, folder / "config.json", dtype, trust_remote_code)
         self.model.eval()
         self.model.tie_weights()
         self.names = DiskNames(self.model, dtype, separate_experts)

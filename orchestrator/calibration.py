@@ -161,7 +161,7 @@ def _jsonl_documents(path: Path, field: str) -> list[str]:
             continue
         try:
             document = json.loads(line)[field]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise TextError(f"{path}, line {number}: is not a JSON object") from error
         except KeyError as error:
             raise TextError(f"{path}, line {number}: has no field {field!r}; name it with --field") from error

@@ -326,7 +326,7 @@ def read_manifest(output: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NoRunError(f"{output}: no {FOLDER}/{MANIFEST}: not a finished checkpoint of billhook") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DamagedRunError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise DamagedRunError(f"{path}: expected a JSON object")
