@@ -68,17 +68,37 @@ def _arrangement_as_json(arrangement: Arrangement) -> dict[str, Any]:
 
 
 def inspection_as_text(found: Inspection) -> str:
-    """Return an inspection as a table."""
-    width = max((len(fact.name) for fact in found.tensors), default=4)
-    rows = [
-        f"{fact.name:<{width}}  {'x'.join(map(str, fact.shape)):>14}  {fact.dtype:>5}  {fact.sparsity:8.4f}  "
+    """Return an inspection as tables: of tensors, of blocks and of kinds, and what zeros would save."""
+    names = [*(fact.name for fact in found.tensors), *(kind.name for kind in found.kinds)]
+    width = max(map(len, names), default=4)
+    lines = [f"{'tensor':<{width}}  {'shape':>14}  {'dtype':>7}  {'sparsity':>8}  pattern"]
+    lines += [
+        f"{fact.name:<{width}}  {'x'.join(map(str, fact.shape)):>14}  {fact.dtype:>7}  {fact.sparsity:8.4f}  "
         f"{fact.pattern}"
         for fact in found.tensors
     ]
-    head = f"{'tensor':<{width}}  {'shape':>14}  {'dtype':>5}  {'sparsity':>8}  pattern"
+    for title, groups in (("block", found.blocks), ("kind", found.kinds)):
+        if groups:
+            lines += ["", f"{title:<{width}}  {'matrices':>14}  {'size':>7}  {'sparsity':>8}  patterns"]
+        lines += [
+            f"{each.name:<{width}}  {each.tensors:>14}  {_short(each.sizes.stored_bytes):>7}  {each.sparsity:8.4f}  "
+            f"{', '.join(each.patterns)}"
+            for each in groups
+        ]
+    sizes = found.sizes
     return "\n".join(
-        [head, *rows, f"sparsity of the sparse matrices {found.sparsity:.4f}, {gibibytes(found.size_bytes)}"]
+        [
+            *lines,
+            "",
+            f"sparsity of the sparse matrices {found.sparsity:.4f}",
+            f"size as stored {gibibytes(sizes.stored_bytes)}; values and a bitmask would take "
+            f"{gibibytes(sizes.bitmask_bytes)}, 2:4 matrices packed {gibibytes(sizes.packed_bytes)}",
+        ]
     )
+
+
+def _short(size_bytes: int) -> str:
+    return gibibytes(size_bytes).replace("iB", "").replace(" ", "")
 
 
 def methods_as_json() -> list[dict[str, Any]]:

@@ -175,7 +175,7 @@ def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any]) -> Iterator[Pr
         negative_zeros += int((is_zero & torch.signbit(piece)).sum())
         bad += int((~torch.isfinite(piece)).sum())
         if isinstance(pattern, NM):
-            kept = max(kept, most_kept(piece.t() if linear["transposed"] else piece, pattern.group))
+            kept = max(kept, most_kept(is_zero.logical_not().t() if linear["transposed"] else ~is_zero, pattern.group))
     if bad:
         yield Problem(name, f"holds {bad} NaN or infinite values")
     if negative_zeros and linear["removed"]:
