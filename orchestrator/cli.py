@@ -289,18 +289,39 @@ def status_command(
 def verify_command(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Finished output of prune.")],
     against: Annotated[str | None, typer.Option(help="Source model; default: where it was when it was pruned.")] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Compare a few prompts, streamed, in transformers, and of the source.")
+    ] = False,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What the prompts are taken from; default: the calibration text.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Re-read a finished checkpoint and check every promise that can be checked."""
+    from billhook.orchestrator.progress import shown_progress
     from billhook.orchestrator.verification import verify
 
-    found = verify(output, against=against)
+    if text is not None and not logits:
+        raise OptionError("--text: is for the prompts of --logits, which was not given")
+    with shown_progress() as progress:
+        found = verify(output, against=against, logits=logits, text=text, progress=progress)
     if json_output:
         _print_json(dataclasses.asdict(found))
     else:
         for problem in found.problems:
             print(f"{problem.name}: {problem.reason}")
         compared = f"compared with {found.against}" if found.against else "source gone or changed: not compared with it"
+        if found.logits is not None:
+            print(
+                f"logits     {len(found.logits.streamed_nats)} prompts of {found.logits.seqlen} tokens, streamed and "
+                f"in transformers: {found.logits.difference_nats:.5f} nats per token apart at most, "
+                f"{found.logits.tolerance_nats} are allowed"
+            )
+            if found.logits.against is not None:
+                print(
+                    f"           from the source: top-1 agreement {found.logits.against.agreement:.2%}, KL divergence "
+                    f"{found.logits.against.divergence:.5f} nats per token"
+                )
         print(f"{output}: {'ok' if found.ok else 'NOT OK'}, {found.checked_tensors} tensors, {compared}")
     if not found.ok:
         raise typer.Exit(1)

@@ -78,6 +78,8 @@ class Evaluation:
     seqlen: int
     seconds: float
     peak_bytes: dict[str, int]
+    nats: tuple[float, ...]
+    """Mean cross-entropy of each window, per target."""
     against: Comparison | None = None
     """With the reference, where there is one."""
 
@@ -170,6 +172,7 @@ def evaluate(
         length,
         time.monotonic() - begin,
         {"vram": vram_peak, "ram": memory.peak_bytes, "disk": scratch_bytes},
+        tuple(loss.nats for loss in losses),
         _comparison(str(against), comparisons) if comparisons else None,
     )
 

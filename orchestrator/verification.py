@@ -17,9 +17,11 @@ from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.solving import DENSE
 from billhook.orchestrator.allocation import UNIFORM
 from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_checkpoint, resolve_model
+from billhook.orchestrator.events import Progress
 from billhook.orchestrator.history import Decided, History, read_history
 from billhook.orchestrator.inspection import most_kept, pieces
 from billhook.orchestrator.journal import FOLDER, has_loose_end, journal_path
+from billhook.orchestrator.logits import LogitsCheck, check_logits, prompts_of
 from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, hashes_of, is_ours, read_manifest, sha256_of
 from billhook.orchestrator.paths import user_path
 
@@ -42,9 +44,18 @@ class Verification:
     checked_tensors: int
     against: str | None
     """The source that the checkpoint was compared with; None where it was not found."""
+    logits: LogitsCheck | None = None
+    """Where they were asked for, and no other problem was found."""
 
 
-def verify(output: str | Path, *, against: str | Path | None = None) -> Verification:
+def verify(
+    output: str | Path,
+    *,
+    against: str | Path | None = None,
+    logits: bool = False,
+    text: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
     """Check a finished checkpoint; ``against`` is its source, by default the one that it was made from, if
     it is still there and the same.
 
@@ -53,8 +64,14 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     files, names, dtypes, shapes, shard layout, and byte identity of every tensor that was not pruned. What is timed
     (``events.jsonl`` and whatever else lies in the private folder) is not part of it.
 
+    logits: when all of that holds, also pass a few prompts through the checkpoint, streamed and in transformers, which
+    must agree, and through the source; see :func:`billhook.orchestrator.logits.check_logits`. text: what the prompts
+    are taken from, by default what the run was calibrated on.
+
     Raises:
-        InputError: when ``output`` holds no finished run, its journal is damaged, or ``against`` is no checkpoint.
+        InputError: when ``output`` holds no finished run, its journal is damaged, ``against`` is no checkpoint, or
+            ``text`` is missing or too short.
+        RunError: a worker failed.
     """
     folder = user_path(output)
     if not folder.is_dir() or not is_ours(folder):
@@ -62,6 +79,8 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
     history = read_history(folder)
     if history.done is None:
         raise NoRunError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
+    recipe = history.decided[-1].asked["recipe"]
+    prompts = prompts_of(recipe, text) if logits else None
     source = _source(against, history.decided[-1])
     problems: list[Problem] = []
     checked = 0
@@ -82,7 +101,17 @@ def verify(output: str | Path, *, against: str | Path | None = None) -> Verifica
         problems.append(Problem(str(error.filename or folder), error.strerror or str(error)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problems.append(Problem(f"{FOLDER}/{MANIFEST}", f"is malformed: {error!r}"))
-    return Verification(not problems, tuple(problems), checked, str(source.folder) if source else None)
+    compared = None
+    if prompts is not None and not problems:
+        reference = source.folder if source else None
+        compared = check_logits(folder, reference, prompts, recipe["trust_remote_code"], progress)
+        if not compared.ok:
+            reason = (
+                f"streamed and in transformers they differ by {compared.difference_nats:.4f} nats per token, "
+                f"{compared.tolerance_nats} are allowed"
+            )
+            problems.append(Problem("logits", reason))
+    return Verification(not problems, tuple(problems), checked, str(source.folder) if source else None, compared)
 
 
 def _source(against: str | Path | None, decided: Decided) -> Checkpoint | None:

@@ -403,6 +403,14 @@ RUNS = [
     run("damaged journal, status", "status out", "damaged-run", r"journal\.jsonl: line 1 is damaged", journal(damage)),
     run("damaged journal, resume", "prune --resume out", "damaged-run", r"line 1 is damaged", journal(damage)),
     run("damaged journal, prune", f"prune model -o out {PLAN}", "damaged-run", r"line 1 is damaged", journal(damage)),
+    run(
+        "logits of no text",
+        "verify out --logits",
+        "bad-option",
+        r"--logits: the run was calibrated on no text",
+    ),
+    run("text without logits", "verify out --text text.txt", "bad-option", r"--text: is for the prompts of --logits"),
+    run("logits of a missing text", "verify out --logits --text no.txt", "bad-text", r"no\.txt: no such file"),
     run("against nothing", "verify out --against no-such-model", "bad-checkpoint", r"no-such-model: no such folder"),
     run("against a text", "verify out --against text.txt", "bad-checkpoint", r"text\.txt: is a file"),
     run(
