@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect as signatures
 import json
@@ -303,7 +304,7 @@ def verify_command(
 
     if text is not None and not logits:
         raise OptionError("--text: is for the prompts of --logits, which was not given")
-    with shown_progress() as progress:
+    with shown_progress() if logits else contextlib.nullcontext() as progress:
         found = verify(output, against=against, logits=logits, text=text, progress=progress)
     if json_output:
         _print_json(dataclasses.asdict(found))

@@ -282,7 +282,6 @@ OPTIONS = [
     option(f"{CALIBRATED} --bos perhaps", r"--bos.*perhaps", None),
     option(f"{CALIBRATED} --nonesuch", r"--nonesuch", None),
     option(f"{CALIBRATED} --grace -1", r"'--grace': .*greater than or equal to 0", None),
-    option(f"{CALIBRATED} --address nowhere", r"--address nowhere: no Ray cluster answers there", "no-cluster"),
     option(f"{CALIBRATED} --from-block 1", r"--from-block 1: .*new holds no run yet"),
     option("prune model", r"expected either MODEL and --output OUT, or --resume OUT"),
     option("prune model -o new --resume new", r"expected either MODEL and --output OUT, or --resume OUT"),
