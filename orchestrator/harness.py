@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from billhook.layerworkers.errors import OptionError, nearest
+from billhook.layerworkers.errors import BudgetError, OptionError, nearest
 from billhook.orchestrator.budgets import Budgets, resolve_budgets
 from billhook.orchestrator.model import Model, open_model
 from billhook.orchestrator.paths import user_path
@@ -133,7 +133,7 @@ def _check_room(model: Model, budgets: Budgets) -> None:
     size = sum(item * math.prod(entry.shape) for entry in model.checkpoint.tensors.values())
     option, room = ("vram", budgets.vram) if budgets.vram is not None else ("ram", budgets.ram)
     if size > room:
-        raise OptionError(
+        raise BudgetError(
             f"--tasks: the harness holds the whole model, {gibibytes(size)} in {model.dtype}, more than --{option} "
             f"{gibibytes(room)}; --text and --against measure it a block at a time"
         )

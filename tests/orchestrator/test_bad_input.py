@@ -295,7 +295,7 @@ OPTIONS = [
     option("eval model --text text.txt --workers 0", r"--workers 0, --threads 1: expected at least 1"),
     option("eval model --text text.txt --seqlen 64 --windows 999999", r"--text text\.txt: .* 999999 were", "bad-text"),
     option("eval model --text no.txt", r"no\.txt: no such file", "bad-text"),
-    option("eval model", r"--text", None),
+    option("eval model", r"eval: expected --text FILE, --tasks NAME, or both"),
     option("eval no-such-model --text text.txt", r"no-such-model: no such folder", "bad-checkpoint"),
     option("allocate model -o shares.json", r"--allocation: say which, as erk"),
     option("allocate model -o text.txt --allocation erk", r"--output text\.txt: exists", "bad-output"),
