@@ -1,11 +1,11 @@
-# make demo | make test | make test-faults | make test-nodes | make test-families | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make test-faults | make test-nodes | make test-families | make test-browser | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo test test-faults test-nodes test-families bench lint format clean
+.PHONY: setup demo test test-faults test-nodes test-families test-browser screenshots bench lint format clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,16 @@ test-families: setup
 # Slurm, where sshd, rsync, nft and Slurm are installed: needs root.
 test-nodes: setup
 	$(BIN)/python -m pytest tests/nodes tests/deploy -rs
+
+# The report in a real browser: Chromium must be installed, as by `apt-get install chromium` on Debian.
+test-browser: setup
+	$(BIN)/python -m pytest tests/browser
+
+# What the documentation shows of the report, of a run on the demo's model.
+screenshots: setup
+	rm -rf build/report
+	$(BIN)/python examples/report.py build/report
+	$(BIN)/python -m pytest tests/browser -k screenshots --report build/report/report.html --screenshots docs/images
 
 # Beside other tools on the same work, and against the machine's limit: some two hours, on a machine that does nothing
 # else, with 5 GB of disk. WikiText-2 is to be given:

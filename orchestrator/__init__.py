@@ -1,9 +1,9 @@
 """billhook's Python interface: what must be done, in what order, what is done.
 
-``prune``, ``plan``, ``allocate``, ``status``, ``evaluate``, ``verify`` and ``inspect`` do what the commands of the same
-names do (``evaluate`` and ``evaluate_tasks`` are ``billhook eval``, ``resume`` is ``billhook prune --resume``). They
-raise :class:`InputError` where the command line exits with 2, :class:`RunError` where it exits with 1, and
-:class:`Interrupted` where it exits with 130; all are :class:`BillhookError` and have a ``code``, a ``cause`` and a
+``prune``, ``plan``, ``allocate``, ``status``, ``report``, ``evaluate``, ``verify`` and ``inspect`` do what the commands
+of the same names do (``evaluate`` and ``evaluate_tasks`` are ``billhook eval``, ``resume`` is ``billhook prune
+--resume``). They raise :class:`InputError` where the command line exits with 2, :class:`RunError` with 1,
+and :class:`Interrupted` where it exits with 130; all are :class:`BillhookError` and have a ``code``, a ``cause`` and a
 ``remedy``. ``progress=`` takes a function that is told of every :class:`Event`, such as ``print``, or what
 :func:`shown_progress` gives. They are imported on first use, so that importing this package does not import torch.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from billhook.orchestrator.inspection import Inspection, inspect
     from billhook.orchestrator.planning import Plan, plan
     from billhook.orchestrator.progress import shown_progress
+    from billhook.orchestrator.reporting import Report, report
     from billhook.orchestrator.run_status import Status, status
     from billhook.orchestrator.verification import Verification, verify
 
@@ -45,6 +46,8 @@ _HOMES = {
     "Inspection": "inspection",
     "plan": "planning",
     "Plan": "planning",
+    "report": "reporting",
+    "Report": "reporting",
     "status": "run_status",
     "Status": "run_status",
     "verify": "verification",
@@ -62,6 +65,7 @@ __all__ = [
     "Interrupted",
     "Plan",
     "PruneResult",
+    "Report",
     "RunError",
     "Status",
     "Verification",
@@ -72,6 +76,7 @@ __all__ = [
     "plan",
     "prune",
     "read_events",
+    "report",
     "resume",
     "shown_progress",
     "status",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,6 +14,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator.history import Decided
 from billhook.orchestrator.request import Request
+
+CARRIED = ("license", "license_name", "license_link", "base_model", "language")
+"""Keys of the source's card that hold for what is made of it, too."""
 
 _BODY = """
 # A model pruned to {sparsity:.1%} sparsity
@@ -32,6 +37,16 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 {recipe}
 
 Calibration: {calibration}
+
+## Figures
+
+The error is each linear's own, as its method measures it, relative to what it was.
+
+{figures}
+
+## Licence
+
+{licence}
 """
 
 
@@ -42,16 +57,18 @@ def model_card(
 
     earlier: by what the first blocks were pruned, where that is not ``request``.
     """
-    recipe = request.recipe
-    zeros, elements = (
-        sum(report.zeros for report in reports),
-        sum(report.shape[0] * report.shape[1] for report in reports),
-    )
+    recipe, checkpoint = request.recipe, request.model.checkpoint
+    zeros, elements = _counts(reports)
     lines = [f"- {key}: `{value}`" for key, value in [("method", recipe.method), ("pattern", request.pattern)]]
     lines += [f"- {key}: `{value}`" for key, value in request.options.items()]
     if request.allocation is not None:
         lines.append(f"- allocation: `{request.allocation.name}`, one sparsity for each linear or block")
     lines += [f"- sparsity: `{recipe.sparsity}`", f"- compute dtype: `{recipe.dtype}`"]
+    if request.samples:
+        lines.append(f"- fitted to: `{recipe.fit}`")
+    lines += [
+        f"- {key}d: {_code(', '.join(found))}" for key in ("include", "exclude") if (found := getattr(recipe, key))
+    ]
     lines += [
         f"- from block {each.first_block} on it was at first: "
         + ", ".join(f"{key} `{each.fingerprint['recipe'][key]}`" for key in ("method", "pattern", "sparsity"))
@@ -67,6 +84,10 @@ def model_card(
         f"- {count} linears of experts that few calibration tokens were sent to: `{fallback}`"
         for fallback, count in sorted(Counter(report.fallback for report in reports if report.fallback).items())
     ]
+    if raised := sum(len(report.dampings) > 1 for report in reports):
+        lines.append(f"- damping raised for {raised} linears")
+    kinds = {linear.disk_name: linear.kind for linears in request.linears for linear in linears}
+    carried = carried_over(checkpoint.folder)
     body = _BODY.format(
         sparsity=zeros / elements if elements else 0.0,
         method=recipe.method,
@@ -76,18 +97,70 @@ def model_card(
         linears=len(reports),
         recipe="\n".join(lines),
         calibration=calibration,
+        figures="\n".join(_figures(reports, kinds)),
+        licence=_licence(carried, checkpoint.others),
     )
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["billhook", "pruned"])
-    data.license = _source_license(request.model.checkpoint.folder)
+    for key, value in carried.items():
+        setattr(data, key, value)
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
-def _source_license(folder: Path) -> str | None:
+def carried_over(folder: Path) -> dict[str, Any]:
+    """Return what the card of a source says that holds for the pruned model: texts, or lists of texts."""
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return {}
     try:
-        license_name = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
     except (ValueError, OSError, yaml.YAMLError):
-        return None
-    return license_name if isinstance(license_name, str) else None
+        return {}
+    found = {key: data.get(key) for key in CARRIED}
+    return {key: value for key, value in found.items() if _is_text(value) or _is_texts(value)}
+
+
+def _figures(reports: Sequence[LinearReport], kinds: dict[str, str]) -> Iterator[str]:
+    """Yield a table: the linears of each kind in a row."""
+    by_kind: defaultdict[str, list[LinearReport]] = defaultdict(list)
+    for report in reports:
+        by_kind[kinds.get(report.name, report.name)].append(report)
+    yield "| linears | number | sparsity | median error | largest error |"
+    yield "|---|---|---|---|---|"
+    for kind, some in by_kind.items():
+        zeros, elements = _counts(some)
+        errors = [report.error for report in some]
+        yield (
+            f"| {_code(kind)} | {len(some)} | {zeros / elements:.4f} | {statistics.median(errors):.3g} "
+            f"| {max(errors):.3g} |"
+        )
+
+
+def _licence(carried: dict[str, Any], others: Sequence[str]) -> str:
+    files = [name for name in others if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))]
+    beside = f" Its {', '.join(_code(name) for name in files)} lies beside this file." if files else ""
+    said = carried.get("license_name") or carried.get("license")
+    if said is None:
+        told = "The original's card names no licence"
+    else:
+        told = f"The original's card names {_code(said if isinstance(said, str) else ', '.join(said))}"
+    return f"{told}; whatever holds for the original holds for this model.{beside}"
+
+
+def _counts(reports: Sequence[LinearReport]) -> tuple[int, int]:
+    """Return zeros and elements."""
+    return sum(report.zeros for report in reports), sum(report.shape[0] * report.shape[1] for report in reports)
+
+
+def _code(text: str) -> str:
+    """Return a text as Markdown shows it as it is, in a table too."""
+    plain = " ".join(text.replace("`", "'").replace("|", "/").split())
+    return f"`{plain}`"
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is one line: more could end the head of the card, and say what its source does not."""
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_text(each) for each in value)

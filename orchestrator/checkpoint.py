@@ -60,6 +60,10 @@ class Checkpoint:
         return Source(str(self.folder), self.others, shards, source_sha256(self.folder, self.others, shards))
 
 
+LEGAL = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""What says under which terms a model may be used."""
+
+
 def resolve_model(model: str | Path) -> Path:
     """Return the folder of a model given as a folder or as a Hugging Face hub id (downloaded into the hub's cache).
 
@@ -85,7 +89,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                hub_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+                hub_id, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", *LEGAL]
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

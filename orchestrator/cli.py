@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from billhook.layerworkers.allocator import return_large_blocks
 from billhook.layerworkers.errors import OptionError
+from billhook.orchestrator.command import SETTERS, flag_of
 from billhook.orchestrator.ending import ending_with_code
 from billhook.orchestrator.interruption import GRACE_SECONDS, interruptible, is_ignored
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
@@ -74,20 +75,16 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-_SETTERS = {"options": "--set", "allocation_options": "--set-allocation"}
-"""Flags of the keys that are mappings of names to values."""
-
-
 def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
     field = model.model_fields[name]
-    kind, flag = _option_type(field.annotation), f"--{name.replace('_', '-')}"
+    kind, flag = _option_type(field.annotation), flag_of(name)
     text = field.description or ""
     if field.default not in (None, (), PydanticUndefined):
         text += f" [default: {field.default}]"
     if name == "log_to":
         option = typer.Option(flag, metavar="TOOL", help=text + " May be repeated.")
-    elif name in _SETTERS:
-        option = typer.Option(_SETTERS[name], metavar="NAME=VALUE", help=text + " May be repeated.")
+    elif name in SETTERS:
+        option = typer.Option(flag, metavar="NAME=VALUE", help=text + " May be repeated.")
     elif _words(field.annotation):
         option = typer.Option(flag, metavar="|".join(["N", *_words(field.annotation)]), help=text)
     elif field.annotation == ByteSize | None:
@@ -121,7 +118,7 @@ def _words(annotation: Any) -> tuple[str, ...]:
 def _given(values: dict[str, Any]) -> RunOptions:
     """Return the options that were given, in the types that the recipe takes."""
     given = {key: value for key, value in values.items() if value is not None and value != []}
-    for key, flag in _SETTERS.items():
+    for key, flag in SETTERS.items():
         if key in given:
             given[key] = dict(_name_and_value(flag, text) for text in given[key])
     for key in ("include", "exclude", "log_to"):
@@ -326,6 +323,29 @@ def verify_command(
         print(f"{output}: {'ok' if found.ok else 'NOT OK'}, {found.checked_tensors} tensors, {compared}")
     if not found.ok:
         raise typer.Exit(1)
+
+
+@app.command("report")
+@ending_with_code
+def report_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Output of a prune, in whatever state.")],
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: OUT/billhook/report.html.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="What 'eval --json' printed, of MODEL and of OUT. May be repeated."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write what a run did and took to one HTML file, which loads nothing."""
+    from billhook.orchestrator.reporting import report
+
+    written = report(output, file, evaluations=evaluation or ())
+    if json_output:
+        _print_json(dataclasses.asdict(written))
+    else:
+        print(written.path)
 
 
 @app.command("inspect")

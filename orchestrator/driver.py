@@ -32,7 +32,7 @@ from billhook.orchestrator.events import (
     sparsity_of,
     together,
 )
-from billhook.orchestrator.history import History, branch_point, check_beforehand, read_history
+from billhook.orchestrator.history import History, branch_point, check_beforehand, read_history, reports_of
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
@@ -42,6 +42,7 @@ from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.plan_page import plan_as_text
 from billhook.orchestrator.planning import Plan, estimate, make_plan
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
+from billhook.orchestrator.reporting import report as write_report
 from billhook.orchestrator.request import make_request
 from billhook.orchestrator.units import gibibytes
 
@@ -189,11 +190,11 @@ def _prune(
             if isinstance(error, KeyboardInterrupt) and interruption.asked:
                 raise Interrupted("ended before the first block of this command") from error
             raise
-        linears = _reports(read_history(target))
+        linears = reports_of(read_history(target))
         if peak["ram"] > plan.budgets.ram:
             used, budget = gibibytes(peak["ram"]), gibibytes(plan.budgets.ram)
             report(Warned(f"{used} of memory were used, more than the budget of {budget}"))
-        report(RunFinished(time.monotonic() - begin, sparsity_of(linears), blocks, peak))
+        _end(target, report, RunFinished(time.monotonic() - begin, sparsity_of(linears), blocks, peak))
     return PruneResult(
         target,
         sparsity_of(linears),
@@ -221,8 +222,18 @@ def _note_plan(output: Path, from_block: int | None, decided: dict[str, Any]) ->
 
 
 def _already_finished(output: Path, history: History) -> PruneResult:
-    linears, unused = _reports(history), {"vram": 0, "ram": 0, "disk": out.size_bytes(output)}
+    linears, unused = reports_of(history), {"vram": 0, "ram": 0, "disk": out.size_bytes(output)}
     return PruneResult(output, sparsity_of(linears), 0.0, unused, {}, None, len(history.blocks), linears, True)
+
+
+def _end(output: Path, report: Progress, finished: RunFinished) -> None:
+    """Tell that a run is finished, and write its report; one that cannot be written takes nothing from it."""
+    report(finished)
+    try:
+        write_report(output)
+    except Exception as error:
+        again = f"'billhook report {output}' tries again"
+        report(Warned(f"the report could not be written; the checkpoint is complete, {again}: {error}"))
 
 
 def _note_failure(output: Path, report: Progress, failed: RunFailed) -> None:
@@ -289,7 +300,7 @@ def _run(run: Run) -> dict[str, int]:
 
 def _finish(plan: Plan, windows: Windows | None, output: Path) -> None:
     request, history = plan.request, read_history(output)
-    reports = _reports(history)
+    reports = reports_of(history)
     sha256 = windows.sha256 if windows else None
     *earlier, current = history.decided
     out.seal(output, request.model.checkpoint, model_card(request, reports, sha256, earlier))
@@ -306,11 +317,3 @@ def _finish(plan: Plan, windows: Windows | None, output: Path) -> None:
     )
     remove_kept(output)
     append(output, "done", {"manifest": manifest})
-
-
-def _reports(history: History) -> tuple[LinearReport, ...]:
-    return tuple(
-        LinearReport(**{**linear, "shape": tuple(linear["shape"]), "dampings": tuple(linear["dampings"])})
-        for block in history.blocks
-        for linear in block["linears"]
-    )

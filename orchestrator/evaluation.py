@@ -56,7 +56,7 @@ class Comparison:
     """How far a checkpoint's predictions are from those of a reference, on the same windows."""
 
     reference: str
-    """Folder or hub id."""
+    """Folder, as an absolute path, or hub id."""
     perplexity: float
     """Of the reference."""
     divergence: float
@@ -80,6 +80,10 @@ class Evaluation:
     peak_bytes: dict[str, int]
     nats: tuple[float, ...]
     """Mean cross-entropy of each window, per target."""
+    checkpoint: str
+    """Folder, as an absolute path, or hub id."""
+    text: str
+    """File, as an absolute path, or dataset."""
     against: Comparison | None = None
     """With the reference, where there is one."""
 
@@ -173,8 +177,16 @@ def evaluate(
         time.monotonic() - begin,
         {"vram": vram_peak, "ram": memory.peak_bytes, "disk": scratch_bytes},
         tuple(loss.nats for loss in losses),
-        _comparison(str(against), comparisons) if comparisons else None,
+        _absolute(checkpoint),
+        _absolute(text),
+        _comparison(_absolute(str(against)), comparisons) if comparisons else None,
     )
+
+
+def _absolute(named: str | Path) -> str:
+    """Return a path that is there as an absolute one, and what is none as it is."""
+    path = user_path(named)
+    return str(path if path.exists() else named)
 
 
 def _forward(

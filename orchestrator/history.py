@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.errors import DamagedRunError, OptionError, OtherPlanError
+from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator.journal import Line, read_journal
 
 SOLVE_KEYS = frozenset(
@@ -91,6 +92,16 @@ def history_of(lines: Sequence[Line]) -> History:
         elif line["kind"] == "done":
             done = line
     return History(tuple(decided), tuple(blocks), kept, rest, done)
+
+
+def linear_report(linear: Mapping[str, Any]) -> LinearReport:
+    """Return how a linear came out, as a block's line has it."""
+    return LinearReport(**{**linear, "shape": tuple(linear["shape"]), "dampings": tuple(linear["dampings"])})
+
+
+def reports_of(history: History) -> tuple[LinearReport, ...]:
+    """Return how all linears of the committed blocks came out."""
+    return tuple(linear_report(linear) for block in history.blocks for linear in block["linears"])
 
 
 def branch_point(

@@ -36,8 +36,11 @@ from billhook.orchestrator.workers import Workers
 PLENTY_BYTES = 1 << 60
 """A budget that limits nothing."""
 
-RECORD_BYTES = 1 << 10
-"""Of journal, manifest and card, for one linear: more than they take."""
+RECORD_BYTES = 2 << 10
+"""Of journal, log, manifest, card and report, for one linear: more than they take."""
+
+REPORT_BYTES = 6 << 20
+"""Of the report beside that: mostly the library that draws its plots."""
 
 RECORDS = 64
 """So many linears' records stand for what is written once for a run."""
@@ -342,7 +345,7 @@ def output_bytes(model: Model) -> int:
     """Return the size of the output: that of the source, of what travels along, and of the records at most."""
     checkpoint, linears = model.checkpoint, sum(len(block.linears) for block in model.layout.blocks)
     others = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
-    return checkpoint.size_bytes + others + RECORD_BYTES * (linears + RECORDS)
+    return checkpoint.size_bytes + others + REPORT_BYTES + RECORD_BYTES * (linears + RECORDS)
 
 
 def kinds_of_blocks(plan: Plan) -> dict[BlockTime, list[int]]:

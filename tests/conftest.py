@@ -15,7 +15,7 @@ from families import TEXT
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-collect_ignore = ["nodes", "deploy", "all_families"]  # make test-nodes (needs root), make test-families
+collect_ignore = ["nodes", "deploy", "all_families", "browser"]  # make test-nodes (needs root), -families, -browser
 
 MakeModel = Callable[..., Path]
 
