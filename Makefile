@@ -1,11 +1,11 @@
-# make demo | make test | make test-faults | make test-nodes | make test-families | make test-browser | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make docs | make test-faults | make test-nodes | make test-families | make test-browser | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo test test-faults test-nodes test-families test-browser screenshots bench lint format clean
+.PHONY: setup demo docs test test-faults test-nodes test-families test-browser screenshots bench lint format clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,11 @@ $(PEERS)/.installed:
 	$(PEERS)/bin/python -m pip install --quiet torch==2.13.0
 	$(PEERS)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
 	touch $@
+
+# The site in build/docs; a link or an anchor that leads nowhere is an error.
+docs: setup
+	$(BIN)/python docs/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff format --check .

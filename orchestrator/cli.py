@@ -449,6 +449,15 @@ def methods_command(json_output: Json = False) -> None:
         print(methods_as_text())
 
 
+@app.command("schema")
+@ending_with_code
+def schema_command() -> None:
+    """Print the JSON schema of recipe files, for editors that check YAML."""
+    from billhook.orchestrator.recipe_schema import recipe_schema
+
+    _print_json(recipe_schema())
+
+
 def _finite(document: Any) -> Any:
     """Return a document with null in place of numbers that JSON does not have."""
     if isinstance(document, dict):

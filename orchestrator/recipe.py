@@ -17,6 +17,8 @@ from billhook.orchestrator.paths import user_path
 
 Value = bool | int | float | str
 
+SIZE_WITH_UNIT = r"\s*\d+(\.\d+)?\s*[kKmMgGtTpP][iI]?[bB]?\s*"
+
 
 class Recipe(BaseModel):
     """Everything asked for that decides the bytes of the output."""
@@ -69,6 +71,13 @@ class Recipe(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="Run model code that the checkpoint brings along.")
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError('YAML reads N:M without quotes as a number; write it in quotes, as "2:4"')
+        return value
+
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
@@ -117,7 +126,7 @@ class Resources(BaseModel):
     @field_validator("vram", "ram", "disk", mode="before")
     @classmethod
     def _with_a_unit(cls, value: Any) -> Any:
-        said = isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[kmgtp]i?b?\s*", value, re.IGNORECASE)
+        said = isinstance(value, str) and re.fullmatch(SIZE_WITH_UNIT, value)
         if value is None or said or (isinstance(value, int) and value >= 1 << 20):
             return value
         raise ValueError("expected a size with its unit, as 16GiB")
