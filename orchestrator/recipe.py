@@ -27,7 +27,9 @@ class Recipe(BaseModel):
 
     method: str = Field("sparsegpt", description="Pruning method: see 'billhook methods'.")
     sparsity: float | None = Field(None, description="Share of weights to remove, in [0, 1); default 0.5.")
-    pattern: str = Field("unstructured", description="'unstructured', or N:M: N weights kept of every M, as 2:4.")
+    pattern: str = Field(
+        "unstructured", description="'unstructured', or N:M: N weights kept of every M, as 2:4; fixes the sparsity."
+    )
     allocation: str = Field(
         "uniform",
         description="What each linear loses of it: an allocator (see 'billhook methods'), or a file of 'allocate'.",
@@ -58,13 +60,17 @@ class Recipe(BaseModel):
     expert_fallback: Literal["pool", "magnitude", "dense"] = Field(
         "pool", description="With fewer: fit it to all tokens of its layer, prune it by magnitude, or leave it dense."
     )
-    include: tuple[str, ...] = Field((), description="Only linears whose name on disk matches one of these regexes.")
-    exclude: tuple[str, ...] = Field((), description="No linear whose name on disk matches one of these regexes.")
+    include: tuple[str, ...] = Field(
+        (), description="Only linears whose name on disk matches one of these regexes; each must match."
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="No linear whose name on disk matches one of these regexes; each must match."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Compute dtype; auto is the checkpoint's (float32 for float16 on CPU)."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
-    threads: int = Field(1, ge=1, description="CPU threads per worker.")
+    threads: int = Field(1, ge=1, description="CPU threads per worker; another number, other last bits.")
     partition_samples: int = Field(4, ge=1, description="Consecutive samples whose statistics are summed together.")
     partition_rows: int | None = Field(
         None, ge=16, description="Rows of a linear in one product; default 256 on CPU, 2048 on CUDA."
@@ -94,19 +100,32 @@ class Resources(BaseModel):
         None, description="Ray cluster to join ('auto', HOST:PORT); default: 'local', start one here."
     )
     vram: ByteSize | None = Field(
-        None, description="GPU memory that a worker may use, as 20GiB; on a CPU, the part of RAM that stands for it."
+        None,
+        description="GPU memory that a worker may use, as 20GiB; default 90 % of the GPU's. On a CPU, the part of RAM that "
+        "stands for it; default no limit.",
     )
-    ram: ByteSize | None = Field(None, description="Memory that all processes on a node may use together, as 16GiB.")
-    disk: ByteSize | None = Field(None, description="Disk that output and scratch may use together.")
-    scratch: str | None = Field(None, description="Folder for what memory has no room for; default: in the output.")
+    ram: ByteSize | None = Field(
+        None,
+        description="Memory that all processes on a node may use together, as 16GiB; default 85 % of the machine's, or of "
+        "its cgroup's limit.",
+    )
+    disk: ByteSize | None = Field(
+        None,
+        description="Disk that output and scratch may use together; default what is free there, less 256 MiB.",
+    )
+    scratch: str | None = Field(
+        None,
+        description="Folder for what memory has no room for, of no use after the run; default: in the output.",
+    )
     activations: Literal["auto", "device", "ram", "disk"] = Field(
-        "auto", description="Where hidden states wait between blocks."
+        "auto", description="Where hidden states wait between blocks; auto: what fits and is fastest."
     )
     intermediates: Literal["auto", "hold", "spill", "replay"] = Field(
-        "auto", description="What becomes of the insides of a block while its linears are solved."
+        "auto",
+        description="What becomes of the insides of a block while its linears are solved; auto: what fits and is fastest.",
     )
     statistics: Literal["auto", "device", "ram", "disk"] = Field(
-        "auto", description="Where partial sums of statistics wait for each other."
+        "auto", description="Where partial sums of statistics wait for each other; auto: what fits and is fastest."
     )
 
     keep_inputs: Annotated[int, Field(ge=1)] | Literal["auto", "never"] = Field(
