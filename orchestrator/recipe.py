@@ -101,13 +101,13 @@ class Resources(BaseModel):
     )
     vram: ByteSize | None = Field(
         None,
-        description="GPU memory that a worker may use, as 20GiB; default 90 % of the GPU's. On a CPU, the part of RAM that "
-        "stands for it; default no limit.",
+        description="GPU memory that a worker may use, as 20GiB; default 90 % of the GPU's. "
+        "On a CPU, the part of RAM that stands for it; default no limit.",
     )
     ram: ByteSize | None = Field(
         None,
-        description="Memory that all processes on a node may use together, as 16GiB; default 85 % of the machine's, or of "
-        "its cgroup's limit.",
+        description="Memory that all processes on a node may use together, as 16GiB; "
+        "default 85 % of the machine's, or of its cgroup's limit.",
     )
     disk: ByteSize | None = Field(
         None,
@@ -122,7 +122,8 @@ class Resources(BaseModel):
     )
     intermediates: Literal["auto", "hold", "spill", "replay"] = Field(
         "auto",
-        description="What becomes of the insides of a block while its linears are solved; auto: what fits and is fastest.",
+        description="What becomes of the insides of a block while its linears are solved; "
+        "auto: what fits and is fastest.",
     )
     statistics: Literal["auto", "device", "ram", "disk"] = Field(
         "auto", description="Where partial sums of statistics wait for each other; auto: what fits and is fastest."

@@ -38,7 +38,8 @@ def recipe_schema() -> dict[str, Any]:
     properties["allocation"]["anyOf"] = [{"enum": list(ALLOCATORS)}, {"type": "string"}]
     for key in ("method", "allocation"):
         del properties[key]["type"]
-    solvers = {name: each.options for name, each in [*METHODS.items(), *REFINEMENTS.items()]}
+    solvers = {name: each.options for name, each in METHODS.items()}
+    solvers |= {name: each.options for name, each in REFINEMENTS.items()}
     for key, owners in (
         ("options", solvers),
         ("allocation_options", {name: each.options for name, each in ALLOCATORS.items()}),
