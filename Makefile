@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# Two at a time: most of what a test of a whole run takes is waiting for processes that start.
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # Some hundred kills and disk errors, each in a run of its own: about an hour.
 test-faults: setup
