@@ -21,7 +21,7 @@ demo: setup
 
 # Two at a time: most of what a test of a whole run takes is waiting for processes that start.
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 # Some hundred kills and disk errors, each in a run of its own: about an hour.
 test-faults: setup

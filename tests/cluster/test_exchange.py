@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError
 
 from billhook.cluster import exchange
 from billhook.cluster.exchange import Envelope, Inbox, RayCollective
 from billhook.cluster.lines import Lines
 from billhook.layerworkers.collective import all_gather, broadcast
+
+# Ray's workers need not find this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Member:
