@@ -207,6 +207,9 @@ def open_file(path: Path) -> Shard:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     _validate(path)
+    for entry in entries:
+        if not entry.name.isprintable():  # a name is shown on terminals, which obey what they are told
+            raise CheckpointError(f"{path}: the tensor name {entry.name!r} holds characters that cannot be shown")
     return Shard(path.name, header, tuple(entries), size)
 
 

@@ -182,6 +182,10 @@ def name_twice_in_a_header(model: Path) -> None:
     shards(model)[0].write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+def name_that_moves_the_cursor(model: Path) -> None:
+    edit_header(model, lambda header, name: header.update({"\x1b[2J": header.pop(name)}))
+
+
 def name_in_two_shards(model: Path) -> None:
     name, tensor = next(iter(load_file(shards(model)[0]).items()))
     edit_tensors(shards(model)[1], lambda tensors, _: tensors.update({name: tensor}))

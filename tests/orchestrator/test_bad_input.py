@@ -128,6 +128,9 @@ MODELS = [
     model("no dtype", spoil.no_dtype, SHARD + "the safetensors header cannot be read"),
     model("a name twice in a header", spoil.name_twice_in_a_header, SHARD),
     model(
+        "a name that moves the cursor", spoil.name_that_moves_the_cursor, SHARD + r"the tensor name '\\x1b\[2J' holds"
+    ),
+    model(
         "a name in two shards", spoil.name_in_two_shards, r"model: tensor \S+ lies in both model-00001.*and model-00002"
     ),
     model("another shape", spoil.another_shape, r"proj\.weight has shape \[3, 5\], config\.json implies \["),
