@@ -268,10 +268,14 @@ class WorkerPool:
             yield before
 
     def forward_block(
-        self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
+        self,
+        index: int,
+        tensors: Sequence[ModuleTensor],
+        next_tensors: Sequence[ModuleTensor] = (),
+        dense_tensors: Sequence[ModuleTensor] = (),
     ) -> None:
         """Carry all samples through one block; see :meth:`BlockWorker.forward_block`."""
-        self._call("forward_block", index, tensors, next_tensors)
+        self._call("forward_block", index, tensors, next_tensors, dense_tensors)
 
     def observe_block(self, task: ObserveTask) -> list[ScoreFacts]:
         """Look at a dense block's scores; see :meth:`BlockWorker.observe_block`."""

@@ -1,6 +1,6 @@
-"""Second moments of a linear's input: the Gram matrix and its diagonal.
+"""Second moments of a linear's input: the Gram matrix, its diagonal, and products with what deviates.
 
-Legend: T tokens, C input channels of the linear, B those of a band, L those up to its last.
+Legend: T tokens, C input channels of the linear, B those of a band, L those up to its last, K channels that deviate.
 """
 
 from __future__ import annotations
@@ -65,6 +65,18 @@ def add_gram_by_bands_(gram_CC: Tensor, x_TC: Tensor, band_rows: int = BAND_ROWS
             band_BL += torch.mm(x_BT, x_TL, out_dtype=torch.float32)
         else:
             band_BL.addmm_(x_BT.float(), x_TL.float())
+
+
+def add_cross_(cross_KC: Tensor, d_TK: Tensor, x_TC: Tensor) -> None:
+    """Add ``D^T X`` to ``cross_KC`` [K, C] float32, in place: the products of other channels with those of the input.
+
+    d_TK: [T, K], x_TC: [T, C], of one float dtype. What is of 16 bits is multiplied exactly and summed in float32.
+    """
+    if cross_KC.device.type != "cpu" and x_TC.dtype.itemsize == 2:
+        cross_KC += torch.mm(d_TK.T, x_TC, out_dtype=torch.float32)
+        return
+    with safe_threads(cross_KC.shape[0]):
+        cross_KC.addmm_(d_TK.T.float(), x_TC.float())
 
 
 def mirror_lower_(a_CC: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from billhook.layerworkers.additions import Additions
 from billhook.layerworkers.experts import Experts, Stop
 from billhook.layerworkers.families import ROUTERS
 from billhook.layerworkers.live import LiveTensors
@@ -37,6 +38,16 @@ class InputGroup:
     """Whether the linears end their experts."""
     number: int = 0
     """Of the expert."""
+    residual: str = ""
+    """The module that sees what the output of the only linear is added to, before that runs; empty: none is known."""
+
+
+def deviations_of(group: InputGroup, shape: tuple[int, int]) -> int:
+    """Return in how many values the input of a corrected group may deviate, given the shape of its first linear.
+
+    As many as the linear has rows, where it is known what its output is added to; else as its input has channels.
+    """
+    return shape[0] if group.residual else shape[1]
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,18 @@ def run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Block
             group = replace(groups[id(x)], linears=(*groups[id(x)].linears, *group.linears))
         groups[id(x)] = group
 
-    out = _call_on_meta(block, hidden, arguments, list(own), note)
-    return BlockFacts(tuple(groups.values()), isinstance(out, tuple))
+    with Additions(block, own) as additions:
+        out = _call_on_meta(block, hidden, arguments, list(own), note)
+    residuals = additions.residuals()
+    return BlockFacts(
+        tuple(
+            replace(group, residual=residuals.get(group.linears[0], ""))
+            if len(group.linears) == 1 and not group.experts
+            else group
+            for group in groups.values()
+        ),
+        isinstance(out, tuple),
+    )
 
 
 def _share(experts: nn.Module, routing: Tensor) -> float:

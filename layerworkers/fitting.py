@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from billhook.layerworkers.block_facts import Arguments, InputGroup
+from billhook.layerworkers.block_facts import Arguments, InputGroup, deviations_of
 from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.coverage import instead, starved_experts, summed
 from billhook.layerworkers.experts import Experts, tokens_of
-from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
+from billhook.layerworkers.lockstep import Arriving, DenseStream, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.methods import method_named
 from billhook.layerworkers.reduction import Node, give_up
 from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.solving import Together
 from billhook.layerworkers.stages import Stage, in_stages
-from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.statistics import Accumulator, Statistic, with_deviations
 from billhook.layerworkers.stopwatch import Stopwatch
-from billhook.layerworkers.tasks import BlockTask, LinearReport
+from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 
 Solve = Callable[[Sequence[Together]], None]
 """Prunes the linears of several inputs, given this worker's sums of the statistics of these."""
@@ -44,8 +45,13 @@ class BlockFit:
         group: Collective,
         watch: Stopwatch,
         solve: Solve,
+        dense: DenseStream | None = None,
     ):
-        """groups: all of the block's. samples: the indices of this worker's. parking: where tensors of a tier go."""
+        """groups: all of the block's. samples: the indices of this worker's. parking: where tensors of a tier go.
+
+        dense: where linears are corrected; the same samples.
+        """
+        self._dense = dense
         self._block, self._task, self._samples = block, task, samples
         self._device, self._parking, self._group, self._watch, self._solve = device, parking, group, watch, solve
         self._linears = {linear.name: linear for linear in task.linears}
@@ -84,15 +90,15 @@ class BlockFit:
         def on_stage(stage: Stage, arriving: Arriving) -> None:
             if not stage[0].linears:
                 counts = [0] * self._experts[stage[0].experts].count
-                for _, _, x in arriving:
+                for _, _, x, _ in arriving:
                     counts = [a + b for a, b in zip(counts, tokens_of(x, len(counts)), strict=True)]
                 self._decide(stage[0].experts, counts)
                 return
             sums = self._accumulators(stage)
-            for position, group, x in arriving:
+            for position, group, x, deviation in arriving:
                 if group in sums:
                     with self._watch.part("statistics"):
-                        sums[group].add(self._samples[position], x)
+                        sums[group].add(self._samples[position], x, deviation)
             self._solve_stage(stage, {group: each.nodes() for group, each in sums.items()})
 
         run_lockstep(
@@ -103,6 +109,7 @@ class BlockFit:
             on_stage,
             self._task.placement.intermediates,
             self._parking(self._task.placement.spill_to),
+            self._dense,
         )
 
     def _to_dense_block(self, hidden: MutableSequence[Tensor], arguments: Arguments | None) -> None:
@@ -152,7 +159,7 @@ class BlockFit:
         """Return what sums the statistics of the groups that need any."""
         sums = {}
         for group in groups:
-            statistic = method_named(self._linears[group.linears[0]].method).statistic if group.linears else None
+            statistic = self._statistic(group, self._linears[group.linears[0]]) if group.linears else None
             unused = self._is_starved(group) and self._fallback(group.experts) != "pool"
             if statistic is not None and not unused:
                 columns = self._block.get_submodule(group.linears[0]).in_features
@@ -160,6 +167,13 @@ class BlockFit:
                 parking = self._parking(self._task.placement.statistics)
                 sums[group] = Accumulator(statistic, columns, self._task.partition_samples, self._device, parking)
         return sums
+
+    def _statistic(self, group: InputGroup, first: LinearTask) -> Statistic | None:
+        """Return what is summed at a group's input, given its first linear."""
+        if not first.correction:
+            return method_named(first.method).statistic
+        linear: Any = self._block.get_submodule(first.name)
+        return with_deviations(deviations_of(group, (linear.out_features, linear.in_features)))
 
     def _solve_stage(self, stage: Stage, sums: dict[InputGroup, list[Node]]) -> None:
         together = []
@@ -170,7 +184,8 @@ class BlockFit:
                 if fallback == "dense":
                     continue
                 linears = [instead(linear, fallback) for linear in linears]
-            together.append(Together(linears, sums.pop(group, [])))
+            statistic = self._statistic(group, linears[0])
+            together.append(Together(linears, sums.pop(group, []), statistic, bool(group.residual)))
         if together:
             self._solve(together)
 

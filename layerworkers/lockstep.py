@@ -10,18 +10,23 @@ What the waiting samples hold can be kept in three ways, which give the same bit
 - ``hold``: where it is;
 - ``spill``: parked, and brought back when the sample goes on;
 - ``replay``: not at all; each sample runs again from the block's input to the next stop, one at a time.
+
+Beside them a dense stream may run: the same samples, as the dense model would carry them, through the dense block,
+which stops at the same linears. What enters a linear is then told together with how it deviates from the dense stream.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from billhook.layerworkers.block_facts import Arguments, InputGroup
@@ -30,10 +35,23 @@ from billhook.layerworkers.live import LiveTensors, ParkedTensors
 from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.stages import Stage
 
-Arriving = Iterator[tuple[int, InputGroup, Tensor]]
-"""(position of the sample, group, its input [..., C]) as the samples pass a stage; an input lasts until the next."""
+Arriving = Iterator[tuple[int, InputGroup, Tensor, Tensor | None]]
+"""(position of the sample, group, its input [..., C], how it deviates) as the samples pass a stage.
+
+An input lasts until the next. What deviates [..., K] is there where a dense stream runs beside: see :func:`_deviation`.
+"""
 
 OnStage = Callable[[Stage, Arriving], None]
+
+
+@dataclass(frozen=True)
+class DenseStream:
+    """The samples as the dense model would carry them; experts are passed, but told nothing of."""
+
+    block: nn.Module
+    """The dense block; a copy of its own."""
+    inputs: MutableSequence[Tensor]
+    """One hidden state per sample; each is replaced by the dense block's output for it."""
 
 
 @torch.inference_mode()
@@ -45,6 +63,7 @@ def run_lockstep(
     on_stage: OnStage,
     keep: str = "hold",
     parking: Parking | None = None,
+    dense: DenseStream | None = None,
 ) -> None:
     """Replace each of ``inputs`` by the block's output for it, pausing all of them at every stage.
 
@@ -52,22 +71,74 @@ def run_lockstep(
     inputs: one hidden state per sample, [1, T, H]; may be empty (a worker without samples still solves).
     arguments: the block's other arguments, the same for every sample; None only when there are no samples.
     on_stage: called with each stage and the inputs of its groups, before any linear of it runs; it must take them all.
-    keep: ``hold``, ``spill`` (to ``parking``) or ``replay``.
+    keep: ``hold``, ``spill`` (to ``parking``) or ``replay``. dense: what runs beside, if anything.
 
     The outputs are bit-equal to those of the plain forward with the final weights.
     """
     samples = _PausedSamples(block, stages, inputs, arguments, keep == "replay")
+    beside: _PausedSamples | None = None
     try:
+        if dense is not None:
+            shown = [stage for stage in stages if not stage[0].experts]
+            beside = _PausedSamples(dense.block, shown, dense.inputs, arguments, keep == "replay")
         for stage in stages:
-            if keep == "replay":
-                arriving = samples.replay_to(stage)
-            else:
-                arriving = samples.go_on_to(stage, parking if keep == "spill" else None)
+            arriving = _arriving(block, samples, None if stage[0].experts else beside, stage, keep, parking)
             on_stage(stage, arriving)
             assert next(arriving, None) is None, f"not every sample's input of {stage[0].stop} was taken"
-        samples.leave()
+        for each in (samples, beside):
+            if each is not None:
+                each.leave()
     finally:
-        samples.close()
+        for each in (samples, beside):
+            if each is not None:
+                each.close()
+
+
+def _arriving(
+    block: nn.Module,
+    samples: _PausedSamples,
+    beside: _PausedSamples | None,
+    stage: Stage,
+    keep: str,
+    parking: Parking | None,
+) -> Arriving:
+    """Yield what comes to a stage, each sample's with how it deviates from the same sample of the dense stream."""
+    own, *others = (
+        each.replay_to(stage) if keep == "replay" else each.go_on_to(stage, parking if keep == "spill" else None)
+        for each in (samples, beside)
+        if each is not None
+    )
+    if not others:
+        for arrived in own:
+            yield arrived.position, arrived.group, arrived.x, None
+        return
+    for arrived, dense in zip(own, others[0], strict=True):
+        yield arrived.position, arrived.group, arrived.x, _deviation(block, arrived, dense)
+
+
+def _deviation(block: nn.Module, arrived: _Arrival, dense: _Arrival) -> Tensor:
+    """Return by how much the dense stream is ahead, in the compute dtype.
+
+    Of the input [..., C]; where it is known to what the output of the only linear is added, of that sum [..., R], both
+    inputs being multiplied by the dense weight.
+    """
+    ahead = dense.x - arrived.x
+    if arrived.residual is None or dense.residual is None:
+        return ahead
+    (name,) = arrived.group.linears
+    weight: Any = block.get_submodule(name).weight
+    return functional.linear(ahead, weight) + (dense.residual - arrived.residual)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A sample that stands before a group."""
+
+    position: int
+    group: InputGroup
+    x: Tensor
+    residual: Tensor | None
+    """What the output of the group's linear will be added to."""
 
 
 class _PausedSamples:
@@ -85,7 +156,8 @@ class _PausedSamples:
         self._again = again
         self._block, self._inputs, self._arguments = block, inputs, arguments
         self._hub = getcurrent()
-        self._stop_of = stops_of(block, [group for stage in stages for group in stage])
+        groups = [group for stage in stages for group in stage]
+        self._stop_of = stops_of(block, groups)
         self._shown: dict[str, weakref.ref[Tensor]] = {}
         self._shown_by_sample: list[dict[str, weakref.ref[Tensor]]] = [{} for _ in inputs]
         self._wanted = ""
@@ -99,21 +171,27 @@ class _PausedSamples:
             )
             for name in self._stop_of
         ]
+        self._handles += [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _module, given, named, name=name: self._note(name, first_of(given, named)), with_kwargs=True
+            )
+            for name in {group.residual for group in groups if group.residual}
+        ]
 
-    def go_on_to(self, stage: Stage, parking: Parking | None) -> Arriving:
+    def go_on_to(self, stage: Stage, parking: Parking | None) -> Iterator[_Arrival]:
         """Let each sample go on from where it stands through ``stage``, and park what it holds, given a parking."""
         for number in range(len(self._threads)):
             for group in stage:
                 watching = self._live[number].watching() if parking else nullcontext()
-                yield number, group, self._resume(number, group.stop, watching)
+                yield self._arrive(number, group, watching)
             if parking is not None:
                 self._parked[number] = ParkedTensors(self._own(number), parking)
 
-    def replay_to(self, stage: Stage) -> Arriving:
+    def replay_to(self, stage: Stage) -> Iterator[_Arrival]:
         """Run each sample from the block's input through ``stage``, and forget it again."""
         for number in range(len(self._threads)):
             for group in stage:
-                yield number, group, self._resume(number, group.stop, nullcontext())
+                yield self._arrive(number, group, nullcontext())
             self._stop(number)
 
     def leave(self) -> None:
@@ -127,6 +205,12 @@ class _PausedSamples:
             handle.remove()
         for number in range(len(self._threads)):
             self._stop(number)
+
+    def _arrive(self, number: int, group: InputGroup, watching: AbstractContextManager[Any]) -> _Arrival:
+        x = self._resume(number, group.stop, watching)
+        residual = self._shown[group.residual]() if group.residual else None
+        assert not group.residual or residual is not None, f"what {group.stop} is added to is gone"
+        return _Arrival(number, group, x, residual)
 
     def _resume(self, number: int, wanted: str, watching: AbstractContextManager[Any]) -> Any:
         """Run one sample until it stands before ``wanted``; return the input there."""
@@ -170,6 +254,10 @@ class _PausedSamples:
                 self._hub.switch(x)
         else:
             assert self._shown[stop]() is x, f"{name} does not see the input of {stop}"
+
+    def _note(self, name: str, x: Tensor) -> None:
+        """Run in a sample's greenlet: remember what a linear's output will be added to, which keeps it alive."""
+        self._shown[name] = weakref.ref(x)
 
     def _stop(self, number: int) -> None:
         thread, self._threads[number] = self._threads[number], None
@@ -247,6 +335,11 @@ def stops_of(block: nn.Module, groups: Sequence[InputGroup]) -> dict[str, str]:
         for group in groups
         for name in (group.stop, *(each for each in group.linears if not each.startswith(inside)))
     }
+
+
+def first_of(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Return the first of a module's positional and keyword arguments."""
+    return next(iter((*given, *named.values())))
 
 
 def output_of(result: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """The least-squares problem of the linears that share one input, with its factorisations made once and shared.
 
-Legend: C input channels. G = X^T X, the Gram matrix of the calibration tokens.
+Legend: R rows of a linear, C input channels, K deviations. G = X^T X, the Gram matrix of the calibration tokens.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ def spectral_load(columns: int) -> Load:
     return Load(((8 * columns,),)) + tensor_load((columns, columns))
 
 
+def correction_load(columns: int, deviations: int) -> Load:
+    """Return what each further solver is sent by :meth:`LinearProblem.corrected`."""
+    return tensor_load((deviations, columns)) if deviations else Load(())
+
+
+def correction_flops(columns: int, deviations: int) -> float:
+    """Return what it computes on one worker: an inverse, and the product of the deviations with it."""
+    return float(columns**3 + 2 * deviations * columns**2) if deviations else 0.0
+
+
+CORRECTION_RIDGE = 0.1
+"""Added to the unit-diagonal Gram where a deviation is explained by the input."""
+
+
 @dataclass(frozen=True)
 class Ridged:
     """The unit-diagonal Gram with a ridge, in which the channels of a row are multiplied by their norms."""
@@ -111,7 +125,10 @@ class LinearProblem:
     """
 
     statistic: Tensor | None
-    """The reduced statistic, on rank 0 of ``solvers``; None elsewhere, and for methods that need none."""
+    """The reduced statistic, on rank 0 of ``solvers``; None elsewhere, and for methods that need none.
+
+    Below a Gram there may be the products of deviations with the input, [C + K, C] in all.
+    """
     columns: int
     partition_rows: int
     """Rows of a linear in one matrix product: a constant of the recipe, since it decides bits."""
@@ -169,6 +186,31 @@ class LinearProblem:
 
         vectors_CC, norms_C, values_C = self._shared(("spectral", ridge), (broadcast_tensor_,), compute)
         return Spectral(norms_C, values_C, vectors_CC)
+
+    def corrected(self, weight_RC: Tensor, first_row: int, share: float, of_output: bool) -> Tensor:
+        """Return the weights whose outputs take back a share of the deviation of a dense stream, [R, C].
+
+        ``W + s (D^T X) (G + ridge diag G)^-1``, where D [T, K] deviates from what the linear's output is added to,
+        that output included (``of_output``: K counts the linear's rows), or else ``W + s W (D^T X) (...)^-1``, where D
+        deviates from its input (K = C). weight_RC: dense rows of the linear, from ``first_row`` on.
+
+        Raises:
+            RunError: when the Gram is not positive definite even with a hundred times the ridge.
+        """
+
+        def compute() -> tuple[Tensor, ...]:
+            assert self.statistic is not None
+            gram_CC, cross_KC = self.statistic[: self.columns].clone(), self.statistic[self.columns :]
+            norms_C = self._normalise_(gram_CC)
+            self._climb(inverse_, gram_CC, [CORRECTION_RIDGE * step for step in LADDER], 1.0)
+            for start, stop in bands(cross_KC.shape):
+                cross_KC[start:stop] = (cross_KC[start:stop] / norms_C) @ gram_CC / norms_C
+            return (cross_KC,)
+
+        (cross_KC,) = self._shared(("correction",), (broadcast_tensor_,), compute)
+        if of_output:
+            return weight_RC + share * cross_KC[first_row : first_row + len(weight_RC)]
+        return weight_RC + share * matmul_by_rows(weight_RC, cross_KC, self.partition_rows)
 
     def turn_to(self, linear: Tensor) -> None:
         """Say which linear is solved next: all its rows, dense, [R, C] as on disk, which every solver has."""
@@ -263,21 +305,25 @@ class LinearProblem:
     def _unit_diagonal(self) -> tuple[Tensor, Tensor]:
         """Return ``G / (norms norms^T)``, symmetric to the last bit, and the norms."""
         gram_CC = self._gram()
+        return gram_CC, self._normalise_(gram_CC)
+
+    def _normalise_(self, gram_CC: Tensor) -> Tensor:
+        """Divide by the norms of the channels, which are returned; the lower triangle is meant."""
         norms_C = gram_CC.diagonal().sqrt() + 1e-8
         gram_CC /= norms_C
         gram_CC /= norms_C[:, None]
         mirror_lower_(gram_CC)
         self._check_finite(gram_CC)
-        return gram_CC, norms_C
+        return norms_C
 
     def _gram(self) -> Tensor:
         """Return the Gram, of which the lower triangle is meant, to be overwritten by a form."""
         assert self.statistic is not None, "the Gram was overwritten by the last form that was promised"
         self.forms -= 1
         if self.forms > 0:
-            return self.statistic.clone()
+            return self.statistic[: self.columns].clone()
         statistic, self.statistic = self.statistic, None
-        return statistic
+        return statistic[: self.columns]
 
     @staticmethod
     def _check_finite(gram_CC: Tensor) -> None:

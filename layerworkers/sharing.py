@@ -13,6 +13,7 @@ from billhook.kernels.select import KEY_LEVELS
 from billhook.layerworkers.collective import Rows
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import NM, Pattern
+from billhook.layerworkers.problem import correction_flops, correction_load
 from billhook.layerworkers.reduction import even_ranges
 
 CPU_FLOPS_PER_SECOND, GPU_FLOPS_PER_SECOND = 5e10, 2e13
@@ -71,9 +72,13 @@ def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: 
     return Work(rows, flops, method.selections(columns, options), method.counts(columns, options))
 
 
-def shared_of(method: Method, columns: int) -> Shared:
-    """Return what linears with an input of so many channels share."""
-    return Shared(method.factor_flops(columns), method.shared(columns).size_bytes)
+def shared_of(method: Method, columns: int, deviations: int = 0) -> Shared:
+    """Return what linears with an input of so many channels share.
+
+    deviations: as of :class:`billhook.layerworkers.statistics.Statistic`.
+    """
+    load = method.shared(columns) + correction_load(columns, deviations)
+    return Shared(method.factor_flops(columns) + correction_flops(columns, deviations), load.size_bytes)
 
 
 def share_out(

@@ -60,7 +60,16 @@ class Together:
 
     linears: Sequence[LinearTask]
     nodes: list[Node]
-    """This worker's partial sums of the statistic that the method needs; emptied as they are used."""
+    """This worker's partial sums of the statistic; emptied as they are used."""
+    statistic: Statistic | None
+    """What is summed at the input; None: nothing."""
+    of_output: bool = False
+    """Whether what deviates is that to which the output of the only linear is added, that included."""
+
+    @property
+    def deviations(self) -> int:
+        """Rows of products of what deviates in the statistic."""
+        return 0 if self.statistic is None else self.statistic.deviations
 
 
 def solve_stage(
@@ -90,7 +99,7 @@ def solve_stage(
     ]
     columns = [weights[together.linears[0].disk_name].shape[1] for together in groups]
     shared = [
-        shared_of(method_named(together.linears[0].method), width)
+        shared_of(method_named(together.linears[0].method), width, together.deviations)
         for together, width in zip(groups, columns, strict=True)
     ]
     dealt = len(groups) > 1 and group.size > 1
@@ -103,8 +112,10 @@ def solve_stage(
     # Where each has groups of its own, all are reduced before the first is solved: nobody waits for a sum meanwhile.
     for together, own, problem in zip(groups, ranges, list(problems) if dealt else problems, strict=True):
         for linear, rows in zip(together.linears, own, strict=True):
-            share = None if problem is None else _solve_share(linear, weights[linear.disk_name], rows, group, problem)
-            shares.append(share)
+            dense = weights[linear.disk_name]
+            shares.append(
+                None if problem is None else _solve_share(linear, dense, rows, group, problem, together.of_output)
+            )
         if problem is not None:
             problem.forget()
         del problem
@@ -127,10 +138,10 @@ def _problem(
     columns = weights[together.linears[0].disk_name].shape[1]
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
-    if method.statistic is not None:
+    if together.statistic is not None:
         with watch.part("statistics"):
             reduced = sum_over_workers(
-                method.statistic, columns, together.nodes, task.partitions, group, solvers[0], device
+                together.statistic, columns, together.nodes, task.partitions, group, solvers[0], device
             )
     if group.rank not in solvers:
         return None
@@ -204,9 +215,14 @@ def _unpacked(packed: Packed, span: Rows, shape: tuple[int, ...]) -> Tensor:
 
 
 def _solve_share(
-    linear: LinearTask, weight: Tensor, ranges: Sequence[Rows], group: Collective, problem: LinearProblem
+    linear: LinearTask,
+    weight: Tensor,
+    ranges: Sequence[Rows],
+    group: Collective,
+    problem: LinearProblem,
+    of_output: bool,
 ) -> _Share | None:
-    """Solve this worker's rows of one linear; None where it has none."""
+    """Solve this worker's rows of one linear; None where it has none. of_output: see :class:`Together`."""
     start, stop = ranges[group.rank]
     if start == stop:
         return None
@@ -223,6 +239,8 @@ def _solve_share(
     for first, last in pieces:
         rows = dense[first:last].to(problem.device, torch.float32, copy=True)
         try:
+            if linear.correction:
+                rows = problem.corrected(rows, start + first, linear.correction, of_output)
             solution = method.solve(rows, problem, select, linear.options)
         except RunError as error:
             raise type(error)(f"{linear.disk_name}: {error}") from error

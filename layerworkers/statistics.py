@@ -1,6 +1,6 @@
 """What is accumulated at the input of a linear: sums over tokens, so that merging is addition.
 
-Legend: T tokens of a calibration sample, C input channels.
+Legend: T tokens of a calibration sample, C input channels, K deviations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from billhook.kernels.gram import BAND_ROWS, add_column_squares_, add_gram_, add_moments_
+from billhook.kernels.gram import BAND_ROWS, add_column_squares_, add_cross_, add_gram_, add_moments_
 from billhook.layerworkers.reduction import Node, fold
 from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.triangles import band_bytes
@@ -32,6 +32,8 @@ class Statistic:
     """Vectors, one behind the other, that a statistic of one dimension is made of."""
     gives: frozenset[str] = frozenset()
     """Names of the other statistics that can be read off it."""
+    deviations: int = 0
+    """Rows below a matrix: ``D^T X``, where D holds so many values that deviate at each token."""
 
     def covers(self, other: Statistic) -> bool:
         """Whether it answers what the other does."""
@@ -39,17 +41,29 @@ class Statistic:
 
     def shape(self, columns: int) -> tuple[int, ...]:
         """Return the shape for an input of ``columns`` channels."""
-        return (columns, columns) if self.dimensions == 2 else (self.vectors * columns,)
+        return (columns + self.deviations, columns) if self.dimensions == 2 else (self.vectors * columns,)
 
-    def sent_bytes(self, start: int, stop: int) -> int:
-        """Return what a worker sends of some rows of one total: of a matrix the lower triangle."""
-        return band_bytes(start, stop) if self.dimensions == 2 else 4 * (stop - start)
+    def add(self, total: Tensor, x_TC: Tensor, d_TK: Tensor | None) -> None:
+        """Add one sample's share to ``total`` in place; its deviations where these are counted."""
+        if self.deviations:
+            assert d_TK is not None
+            add_cross_(total[x_TC.shape[1] :], d_TK, x_TC)
+            total = total[: x_TC.shape[1]]
+        self.add_(total, x_TC)
+
+    def sent_bytes(self, start: int, stop: int, columns: int) -> int:
+        """Return what a worker sends of some rows of one total: of a matrix the lower triangle, and what is below."""
+        if self.dimensions == 1:
+            return 4 * (stop - start)
+        in_triangle = min(start, columns), min(stop, columns)
+        return band_bytes(*in_triangle) + 4 * columns * (stop - start - in_triangle[1] + in_triangle[0])
 
     def flops(self, tokens: int, columns: int, on_gpu: bool) -> float:
         """Return what summing over so many tokens computes: of a matrix half, by symmetry, and on a GPU a bit more."""
         if self.dimensions == 1:
             return 2.0 * tokens * columns * self.vectors
-        return float(tokens * columns) * (min(columns + BAND_ROWS, 2 * columns) if on_gpu else columns)
+        gram = float(tokens * columns) * (min(columns + BAND_ROWS, 2 * columns) if on_gpu else columns)
+        return gram + 2.0 * tokens * columns * self.deviations
 
     def size_bytes(self, columns: int) -> int:
         """Return the bytes of one total."""
@@ -64,6 +78,11 @@ MOMENTS = Statistic("moments", 1, add_moments_, vectors=4, gives=frozenset({"col
 
 GRAM = Statistic("gram", 2, add_gram_, gives=frozenset({"column squares"}))
 """``X^T X`` over all tokens, lower triangle: [C, C]. Twice over the number of samples it is SparseGPT's Hessian."""
+
+
+def with_deviations(deviations: int) -> Statistic:
+    """Return the Gram matrix with so many rows of products of what deviates with the input below it."""
+    return replace(GRAM, name="gram with deviations", deviations=deviations)
 
 
 class Accumulator:
@@ -83,15 +102,16 @@ class Accumulator:
         self._nodes: list[Node] = []
         self._partition, self._subtotal = -1, torch.empty(0)
 
-    def add(self, sample: int, x: Tensor) -> None:
-        """Add the input x [..., C] of one sample; samples come in order."""
+    def add(self, sample: int, x: Tensor, deviation: Tensor | None = None) -> None:
+        """Add the input x [..., C] of one sample, and what deviates there [..., K]; samples come in order."""
         if sample // self._partition_samples != self._partition:
             self._close()
             self._park_last()
             self._partition = sample // self._partition_samples
             self._subtotal = torch.zeros(self._statistic.shape(self._columns), dtype=torch.float32, device=self._device)
         if x.numel():  # of an expert's input there may be nothing
-            self._statistic.add_(self._subtotal, x.reshape(-1, self._columns))
+            d_TK = None if deviation is None else deviation.reshape(-1, deviation.shape[-1])
+            self._statistic.add(self._subtotal, x.reshape(-1, self._columns), d_TK)
 
     def nodes(self, park: bool = False) -> list[Node]:
         """Return the sums, of consecutive partitions, in order, all parked if asked; nothing is left here."""

@@ -34,6 +34,8 @@ class WorkerSetup:
     """Whether each expert has tensors of its own on disk; None: as transformers would save them."""
     route_all: bool = False
     """Whether each expert is fitted to all tokens, rather than to those that are sent to it."""
+    dense_stream: bool = False
+    """Whether the samples are also carried through the dense model, beside the sparse one."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class LinearTask:
     method: str
     options: Any
     """The method's own frozen dataclass of options."""
+    correction: float = 0.0
+    """Share of the deviation from the dense model's stream that its target takes back: see :mod:`.lockstep`."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from billhook.layerworkers.collective import (
 )
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
+from billhook.layerworkers.problem import correction_load
 from billhook.layerworkers.reduction import even_ranges, node_count, reduction_rounds
 from billhook.layerworkers.sharing import Pace, Work, share_out_stage, shared_of, work_of
 from billhook.layerworkers.statistics import Statistic
@@ -57,6 +58,7 @@ class Matrix:
 
 def stage_traffic(
     groups: Sequence[Sequence[Matrix]],
+    statistics: Sequence[Statistic | None],
     method: Method,
     pattern: Pattern,
     options: Any,
@@ -67,21 +69,24 @@ def stage_traffic(
 ) -> Traffic:
     """Return what :func:`billhook.layerworkers.solving.solve_stage` moves between ``workers`` workers.
 
-    groups: of each input group of the stage, the linears. options: the method's own.
+    groups: of each input group of the stage, the linears. statistics: what is summed at each input. options: the
+    method's own.
     """
     if workers == 1:
         return NOTHING
     works = [[work_of(method, pattern, options, each.rows, each.columns) for each in group] for group in groups]
-    shared = [shared_of(method, group[0].columns) for group in groups]
+    deviations = [0 if statistic is None else statistic.deviations for statistic in statistics]
+    shared = [shared_of(method, group[0].columns, own) for group, own in zip(groups, deviations, strict=True)]
     ranges = share_out_stage(works, shared, workers, partition_rows, pace)
     traffic = Traffic(0, 0, 1)
-    for matrices, work, own in zip(groups, works, ranges, strict=True):
+    for matrices, work, own, statistic in zip(groups, works, ranges, statistics, strict=True):
         columns = matrices[0].columns
         solvers = [rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in own)]
         traffic += _broadcast(method.shared(columns), len(solvers) - 1)
-        if method.statistic is not None:
+        if statistic is not None:
+            traffic += _broadcast(correction_load(columns, statistic.deviations), len(solvers) - 1)
             nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
-            traffic += _reduction(method.statistic, columns, nodes, solvers[0])
+            traffic += _reduction(statistic, columns, nodes, solvers[0])
         for each, rows in zip(work, own, strict=True):
             traffic += _selections(each, sum(start < stop for start, stop in rows))
     if pattern.sparsity == 0:
@@ -103,7 +108,7 @@ def _reduction(statistic: Statistic, columns: int, nodes: Sequence[int], root: i
     """Return the traffic of the sums of workers that have so many ``nodes`` each, by rank."""
     traffic = NOTHING
     for summed_by in reduction_rounds(statistic.shape(columns), max(nodes), len(nodes), root):
-        own = {rank: statistic.sent_bytes(*span) for rank, span in summed_by.items()}
+        own = {rank: statistic.sent_bytes(*span, columns) for rank, span in summed_by.items()}
         everything = sum(own.values())
         sent = [count * (everything - own.get(rank, 0)) for rank, count in enumerate(nodes)]
         received = [(sum(nodes) - nodes[rank]) * size for rank, size in own.items()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
 from billhook.layerworkers.fitting import BlockFit
-from billhook.layerworkers.lockstep import run_plain
+from billhook.layerworkers.lockstep import DenseStream, run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
@@ -82,7 +83,7 @@ class BlockWorker:
         self._reader = BlockReader(setup.output.folder if setup.output is not None else "", files)
         self._writer = BlockWriter(files)
         self._samples: list[Sample] = []
-        self._hidden = Activations(self._device, None)
+        self._hidden, self._dense = Activations(self._device, None), Activations(self._device, None)
         self._arguments: list[Arguments] | None = None
 
     def start(self, task: StemTask, samples: Sequence[Sample]) -> None:
@@ -95,11 +96,15 @@ class BlockWorker:
         for tensor in task.tensors:
             self._skeleton.set_parameter(tensor.module_name, self._reader.read(tensor.entry))
         self._samples, self._arguments = list(samples), None
-        self._hidden = Activations(self._device, self._parking(self._setup.activations))
+        self._hidden, self._dense = (
+            Activations(self._device, self._parking(self._setup.activations)) for _ in range(2)
+        )
         for sample in self._samples:
             tokens = torch.tensor(sample.tokens, dtype=torch.int64)
             hidden, arguments = self._skeleton.begin(tokens, self._embedding_rows)
             self._hidden.append(hidden)
+            if self._setup.dense_stream:
+                self._dense.append(hidden.clone())
             if self._arguments is None:
                 self._arguments = arguments
             elif not same_arguments(self._arguments, arguments):
@@ -109,15 +114,28 @@ class BlockWorker:
                 )
 
     def restore_inputs(self, entry: TensorEntry) -> None:
-        """Replace the hidden states of this worker's samples by those kept in ``entry``: bytes, row by sample index.
+        """Replace the hidden states of this worker's samples by those kept in ``entry``: bytes, row by row.
+
+        There is a row for each sample, in the order of all workers' samples; those of a dense stream come after.
 
         Raises:
             RunError: when the disk fails.
         """
-        for position, sample in enumerate(self._samples):
-            hidden = self._hidden[position]
-            kept = read_rows(entry, sample.index, sample.index + 1, self._reader.bytes_of)
-            self._hidden[position] = kept.view(hidden.dtype).view(hidden.shape).to(self._device)
+        for states, row, position in self._rows(entry):
+            hidden = states[position]
+            kept = read_rows(entry, row, row + 1, self._reader.bytes_of)
+            states[position] = kept.view(hidden.dtype).view(hidden.shape).to(self._device)
+
+    @property
+    def _streams(self) -> list[Activations]:
+        return [self._hidden, self._dense] if self._setup.dense_stream else [self._hidden]
+
+    def _rows(self, entry: TensorEntry) -> Iterator[tuple[Activations, int, int]]:
+        """Yield which hidden state of which stream is which row of kept inputs: (stream, row, position)."""
+        for number, states in enumerate(self._streams):
+            first = number * (entry.shape[0] // len(self._streams))
+            for position, sample in enumerate(self._samples):
+                yield states, first + sample.index, position
 
     @torch.inference_mode()
     def prune_block(self, task: BlockTask) -> BlockReport:
@@ -156,8 +174,9 @@ class BlockWorker:
                     if report.name in own:
                         self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
+        block = self._skeleton.blocks[task.index]
         fit = BlockFit(
-            self._skeleton.blocks[task.index],
+            block,
             self._skeleton.facts(task.index).input_groups,
             task,
             [sample.index for sample in self._samples],
@@ -166,6 +185,7 @@ class BlockWorker:
             self._group,
             self._watch,
             solve,
+            DenseStream(deepcopy(block), self._dense) if self._setup.dense_stream else None,
         )
         fit.run(self._hidden, self._arguments_of(task.index))
         for linear in task.linears:
@@ -178,8 +198,8 @@ class BlockWorker:
         self._check_hidden(task.index)
         with self._watch.part("files"):
             if task.keep is not None:
-                for sample, hidden in zip(self._samples, self._hidden, strict=True):
-                    self._writer.write_row(task.keep, sample.index, hidden)
+                for states, row, position in self._rows(task.keep):
+                    self._writer.write_row(task.keep, row, states[position])
             self._writer.sync(lambda: self._synced(task.index))
         disk.clear()
         self._drop_block(task.index)
@@ -195,9 +215,19 @@ class BlockWorker:
         )
 
     def forward_block(
-        self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
+        self,
+        index: int,
+        tensors: Sequence[ModuleTensor],
+        next_tensors: Sequence[ModuleTensor] = (),
+        dense_tensors: Sequence[ModuleTensor] = (),
     ) -> None:
-        """Carry the samples through block ``index`` as it is on disk; read ``next_tensors`` meanwhile."""
+        """Carry the samples through block ``index`` as it is on disk; read ``next_tensors`` meanwhile.
+
+        dense_tensors: of the dense model's block, through which the dense stream goes, if there is one.
+        """
+        if self._setup.dense_stream:
+            self._load(dense_tensors)
+            run_plain(self._skeleton.blocks[index], self._dense, self._arguments_of(index))
         self._load(tensors)
         self._reader.begin(next_tensors)
         run_plain(self._skeleton.blocks[index], self._hidden, self._arguments_of(index))
@@ -301,12 +331,13 @@ class BlockWorker:
         self._moved_bytes += size_bytes
 
     def _check_hidden(self, index: int) -> None:
-        for sample, hidden in zip(self._samples, self._hidden, strict=True):
-            if not torch.isfinite(hidden).all():
-                raise BlockLostError(
-                    f"block {index}: the output for sample {sample.index} is not finite in {hidden.dtype}; "
-                    "try --dtype float32"
-                )
+        for sample, *states in zip(self._samples, *self._streams, strict=True):
+            for hidden in states:
+                if not torch.isfinite(hidden).all():
+                    raise BlockLostError(
+                        f"block {index}: the output for sample {sample.index} is not finite in {hidden.dtype}; "
+                        "try --dtype float32"
+                    )
 
     def _arguments_of(self, index: int) -> Arguments | None:
         return None if self._arguments is None else self._arguments[index]

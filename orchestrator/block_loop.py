@@ -106,7 +106,10 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
     history = read_history(run.output)
     scratch = str(user_path(plan.resources.scratch) if plan.resources.scratch else run.output / FOLDER)
     model = plan.request.model
-    setup = model.worker_setup(plan.workers.threads, plan.arrangement.activations, scratch, run.access)
+    streams = plan.request.streams
+    setup = model.worker_setup(
+        plan.workers.threads, plan.arrangement.activations, scratch, run.access, dense_stream=streams > 1
+    )
     recorded = history.decided[-1].fingerprint
     expected = recorded["machine"] | recorded["versions"]
     kept_bytes, disk_bytes, kept = 0, 0, set[int]()
@@ -159,7 +162,7 @@ def _carry_on(run: Run, plan: Plan, pool: WorkerPool, samples: list[list[Sample]
     """Carry the samples through the committed blocks, from the last kept inputs on."""
     blocks, committed, begin = plan.request.model.layout.blocks, len(history.blocks), 0
     if history.kept_inputs is not None:
-        kept = find_kept(run.output, history.kept_inputs, plan.request.samples, plan.hidden_bytes)
+        kept = find_kept(run.output, history.kept_inputs, plan.kept_rows, plan.hidden_bytes)
         try:
             if kept is not None:
                 pool.restore_inputs(kept)
@@ -173,7 +176,8 @@ def _carry_on(run: Run, plan: Plan, pool: WorkerPool, samples: list[list[Sample]
         ahead = plan.arrangement.placements[block.index].read_ahead
         later = blocks[block.index + 1 : committed][:1] if ahead else ()
         tensors = [_in_output(each.tensors, run.output) for each in (block, *later)]
-        pool.forward_block(block.index, *tensors)
+        dense = block.tensors if plan.request.streams > 1 else ()
+        pool.forward_block(block.index, tensors[0], tensors[1] if later else (), dense)
         run.report(Step("replay", block.index + 1, len(blocks), ""))
 
 
@@ -193,7 +197,7 @@ def _tasks(run: Run, plan: Plan, pool: WorkerPool, first: int, kept: set[int], m
             return
         if plan.keeps_inputs_of(after) or (grow and run.windows is not None):
             with contextlib.suppress(RunError):  # a run can do without
-                keep = create_kept(run.output, after, plan.request.samples, plan.hidden_bytes)
+                keep = create_kept(run.output, after, plan.kept_rows, plan.hidden_bytes)
                 kept.add(after)
         yield plan.task(block.index, run.output, keep)
 

@@ -42,36 +42,38 @@ def kept_copies(every: int) -> int:
     return {0: 0, 1: 3}.get(every, 2)
 
 
-def create_kept(output: Path, block: int, samples: int, sample_bytes: int) -> TensorEntry:
+def create_kept(output: Path, block: int, rows: int, row_bytes: int) -> TensorEntry:
     """Create the file for the inputs of ``block``, of its final size; row i holds the bytes of sample i's.
+
+    Those of a dense stream, where there is one, are as many rows below.
 
     Raises:
         RunError: when the disk is full or fails.
     """
-    shape = (samples, sample_bytes)
-    body = json.dumps({"inputs": {"dtype": "U8", "shape": shape, "data_offsets": [0, samples * sample_bytes]}})
+    shape = (rows, row_bytes)
+    body = json.dumps({"inputs": {"dtype": "U8", "shape": shape, "data_offsets": [0, rows * row_bytes]}})
     raw = body.encode().ljust(-(-len(body) // 8) * 8)
     path = _path(output, block)
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with path.open("wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
-            file.truncate(8 + len(raw) + samples * sample_bytes)
+            file.truncate(8 + len(raw) + rows * row_bytes)
         sync_file(str(path))
         sync_file(str(path.parent))
     except OSError as error:
         raise disk_failure(str(path), "writing", error) from error
     begin = 8 + len(raw)
-    return TensorEntry("inputs", str(path), "U8", shape, begin, begin + samples * sample_bytes)
+    return TensorEntry("inputs", str(path), "U8", shape, begin, begin + rows * row_bytes)
 
 
-def find_kept(output: Path, block: int, samples: int, sample_bytes: int) -> TensorEntry | None:
+def find_kept(output: Path, block: int, rows: int, row_bytes: int) -> TensorEntry | None:
     """Return the kept inputs of ``block``; None where they are gone or of another size."""
     try:
         _, entries = read_header(_path(output, block))
     except (OSError, InputError):
         return None
-    return entries[0] if [entry.shape for entry in entries] == [(samples, sample_bytes)] else None
+    return entries[0] if [entry.shape for entry in entries] == [(rows, row_bytes)] else None
 
 
 def kept_size_bytes(output: Path) -> int:

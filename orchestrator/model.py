@@ -45,7 +45,12 @@ class Model:
     skeleton: Skeleton
 
     def worker_setup(
-        self, threads: int, activations: str = "device", scratch: str = "", output: OutputAccess | None = None
+        self,
+        threads: int,
+        activations: str = "device",
+        scratch: str = "",
+        output: OutputAccess | None = None,
+        dense_stream: bool = False,
     ) -> WorkerSetup:
         """Return how a worker with ``threads`` CPU threads computes with this model; see :class:`WorkerSetup`."""
         return WorkerSetup(
@@ -59,6 +64,7 @@ class Model:
             output,
             self.separate_experts,
             self.route_all,
+            dense_stream,
         )
 
 

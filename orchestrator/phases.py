@@ -15,7 +15,7 @@ import torch
 
 from billhook.kernels.gram import BAND_ROWS
 from billhook.kernels.products import row_partitions
-from billhook.layerworkers.block_facts import Footprint
+from billhook.layerworkers.block_facts import Footprint, deviations_of
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
@@ -29,6 +29,7 @@ from billhook.layerworkers.sharing import (
     NEAR_BYTES_PER_SECOND,
     NEAR_EXCHANGE_SECONDS,
     Pace,
+    Shared,
     Work,
     is_local,
     share_out_stage,
@@ -36,6 +37,7 @@ from billhook.layerworkers.sharing import (
     work_of,
 )
 from billhook.layerworkers.stages import in_stages
+from billhook.layerworkers.statistics import Statistic, with_deviations
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.recipe import Recipe
@@ -112,6 +114,23 @@ class Job:
     def partitions(self) -> int:
         """Partitions of the samples."""
         return -(-self.samples // self.recipe.partition_samples)
+
+    def statistic(self, facts: BlockWork, linears: Sequence[Linear]) -> Statistic | None:
+        """Return what is summed at the input of some linears of a block."""
+        group = facts.block.groups[linears[0].group]
+        if not self.recipe.correction or group.experts:
+            return self.method.statistic
+        return with_deviations(deviations_of(group, linears[0].shape))
+
+    def shared(self, facts: BlockWork, linears: Sequence[Linear]) -> Shared:
+        """Return what the linears of one input share."""
+        statistic = self.statistic(facts, linears)
+        return shared_of(self.method, linears[0].shape[1], 0 if statistic is None else statistic.deviations)
+
+    @property
+    def streams(self) -> int:
+        """In how many ways each sample is carried through the blocks."""
+        return 2 if self.recipe.correction else 1
 
     def work(self, linear: Linear) -> Work:
         """Return what solving a linear is."""
@@ -213,7 +232,7 @@ def block_phases(
     Experts' come more than once, but only once of those that need the same.
     """
     recipe = job.recipe
-    statistic = job.method.statistic
+    summed = job.method.statistic is not None
     ranges = even_ranges(job.partitions, workers)
     own_samples = [
         max(0, min(stop * recipe.partition_samples, job.samples) - start * recipe.partition_samples)
@@ -222,14 +241,15 @@ def block_phases(
     hidden, running = facts.footprint.hidden_bytes, facts.footprint.running_bytes
     weights = _weights(facts.block, recipe)
     ahead = Need(0, facts.next_bytes if placement.read_ahead else 0, 0)
-    resident = [at_tier(activations, hidden * samples) + weights for samples in own_samples]
+    copied = Need(_compute_bytes(facts.block, recipe) if job.streams > 1 else 0, 0, 0)
+    resident = [at_tier(activations, job.streams * hidden * samples) + weights + copied for samples in own_samples]
     # What is held of a sample that waits is counted without its input where that is kept on the device anyway.
     counted = hidden if activations == "device" else 0
 
     def held(rank: int, stage: Stage | None) -> Need:
         if stage is None or recipe.fit == "dense-block":
             return Need(0, 0, 0)
-        size = own_samples[rank] * max(0, facts.waiting(stage) - counted)
+        size = job.streams * own_samples[rank] * max(0, facts.waiting(stage) - counted)
         if placement.intermediates == "hold":
             return Need(int(HELD_SLACK * size), 0, 0)
         return at_tier(placement.spill_to, size) if placement.intermediates == "spill" else Need(0, 0, 0)
@@ -238,17 +258,17 @@ def block_phases(
 
     def sums(rank: int, stage: Stage) -> Need:
         """Partial sums while samples arrive: those that grow, and those that wait for their siblings."""
-        if statistic is None or not own_samples[rank]:
+        if not summed or not own_samples[rank]:
             return Need(0, 0, 0)
-        size = sum(statistic.size_bytes(linears[0].shape[1]) for linears in stage)
+        size = sizes_bytes(job, facts, stage)
         return Need(size, 0, 0) + at_tier(placement.statistics, most_waiting[rank] * size)
 
     yield "read", [weights + ahead + Need(0, BAND_BYTES, 0)] * workers
     stages = facts.stages(placement.experts_at_once)
     previous: Stage | None = None
     widest = max((linears[0].shape[1] for stage in stages for linears in stage), default=0)
-    cast = 8 * (recipe.seqlen or 0) + (4 * BAND_ROWS if recipe.device != "cpu" else 0) if statistic is not None else 0
-    if recipe.fit == "dense-block" and statistic is not None:
+    cast = 8 * (recipe.seqlen or 0) + (4 * BAND_ROWS if recipe.device != "cpu" else 0) if summed else 0
+    if recipe.fit == "dense-block" and summed:
         yield (
             "statistics",
             [
@@ -269,7 +289,11 @@ def block_phases(
         seen.add(kind)
         columns = max(linears[0].shape[1] for linears in stage)
         first = stage[0][0].kind
-        if recipe.fit == "lockstep" and statistic is not None:
+        if recipe.fit == "lockstep" and summed:
+            ahead_of = 0
+            if job.streams > 1:  # how the inputs deviate, in the compute dtype and in float32
+                width = max(columns, *(linear.shape[0] for linears in stage for linear in linears[:1]))
+                ahead_of = 8 * (recipe.seqlen or 0) * (columns + 2 * width)
             yield (
                 f"statistics of {first}",
                 [
@@ -277,15 +301,15 @@ def block_phases(
                     + ahead
                     + larger(held(rank, previous), held(rank, stage))
                     + sums(rank, stage)
-                    + Need(max(running, cast * columns + facts.waiting(stage)), 0, 0)
+                    + Need(max(running, cast * columns + facts.waiting(stage) + ahead_of), 0, 0)
                     for rank in range(workers)
                 ],
             )
-        solving = _solving(job, stage, ranges, placement)
+        solving = _solving(job, facts, stage, ranges, placement)
         later = Need(0, 0, 0)
-        if recipe.fit == "dense-block" and statistic is not None:
-            sizes = [statistic.size_bytes(linears[0].shape[1]) for each in stages[number + 1 :] for linears in each]
-            later = at_tier(placement.statistics if placement.intermediates == "replay" else "device", sum(sizes))
+        if recipe.fit == "dense-block" and summed:
+            size = sum(sizes_bytes(job, facts, each) for each in stages[number + 1 :])
+            later = at_tier(placement.statistics if placement.intermediates == "replay" else "device", size)
         yield (
             f"solving {first}",
             [resident[rank] + ahead + held(rank, stage) + solving[rank] + later for rank in range(workers)],
@@ -300,6 +324,12 @@ def block_phases(
     )
 
 
+def sizes_bytes(job: Job, facts: BlockWork, stage: Stage) -> int:
+    """Return the bytes of one total of each input of a stage."""
+    sizes = ((job.statistic(facts, linears), linears[0].shape[1]) for linears in stage)
+    return sum(statistic.size_bytes(columns) for statistic, columns in sizes if statistic is not None)
+
+
 def _dense_sums(placement: Placement, sums: Sequence[Need]) -> Need:
     if placement.intermediates != "replay":
         return sum_of(sums)
@@ -307,7 +337,9 @@ def _dense_sums(placement: Placement, sums: Sequence[Need]) -> Need:
     return largest + at_tier(placement.statistics, sum(need.device for need in sums) - largest.device)
 
 
-def _solving(job: Job, stage: Stage, partitions: Sequence[tuple[int, int]], placement: Placement) -> list[Need]:
+def _solving(
+    job: Job, facts: BlockWork, stage: Stage, partitions: Sequence[tuple[int, int]], placement: Placement
+) -> list[Need]:
     """Return what each worker needs to solve the linears of one stage, beside block and activations.
 
     partitions: each worker's range of them.
@@ -316,7 +348,7 @@ def _solving(job: Job, stage: Stage, partitions: Sequence[tuple[int, int]], plac
     local = is_local(method, job.pattern)
     partition_rows = recipe.partition_rows or 256
     works = [[job.work(linear) for linear in linears] for linears in stage]
-    shared = [shared_of(method, linears[0].shape[1]) for linears in stage]
+    shared = [job.shared(facts, linears) for linears in stage]
     ranges = share_out_stage(works, shared, workers, partition_rows, job.pace)
     needs = []
     for rank in range(workers):
@@ -324,7 +356,7 @@ def _solving(job: Job, stage: Stage, partitions: Sequence[tuple[int, int]], plac
         waiting, own, working, solution = 0, 0, 0, 0
         for linears, rows_of in zip(stage, ranges, strict=True):
             columns = linears[0].shape[1]
-            statistic = method.statistic.size_bytes(columns) if method.statistic is not None else 0
+            statistic = sizes_bytes(job, facts, [linears])
             waiting += partials * statistic
             rows = [each[rank][1] - each[rank][0] for each in rows_of]
             at_once = max(rows)
@@ -333,7 +365,12 @@ def _solving(job: Job, stage: Stage, partitions: Sequence[tuple[int, int]], plac
             own += statistic
             if local:
                 at_once = max(stop - start for start, stop in row_partitions(at_once, partition_rows))
-            copies = 3 * statistic if recipe.device != "cpu" else 0  # torch factorises into copies
+            own_statistic = job.statistic(facts, linears)
+            gram = 4 * columns**2 if own_statistic is not None and own_statistic.dimensions == 2 else 0
+            copies = 3 * gram if recipe.device != "cpu" else 0  # torch factorises into copies
+            if job.streams > 1:  # the corrected rows beside the dense ones; the Gram's inverse is given up before
+                copies += 4 * at_once * columns
+                working = max(working, 2 * gram + (3 * gram if recipe.device != "cpu" else 0))
             working = max(working, 4 * at_once * columns + method.extra_bytes(at_once, columns) + copies)
             solution += sum(each * columns * linear.item_bytes for each, linear in zip(rows, linears, strict=True))
         held = max(waiting, own)
@@ -366,6 +403,13 @@ def _weights(block: Block, recipe: Recipe) -> Need:
         elif dtype is not None:
             on_device += tensor.entry.size_bytes // dtype.itemsize * compute.itemsize
     return Need(on_device + shared, on_disk - shared, 0)
+
+
+def _compute_bytes(block: Block, recipe: Recipe) -> int:
+    """Return a block's size in the compute dtype."""
+    compute = getattr(torch, recipe.dtype)
+    sizes = ((tensor.entry.size_bytes, DTYPES.get(tensor.entry.dtype)) for tensor in block.tensors)
+    return sum(size if dtype is None else size // dtype.itemsize * compute.itemsize for size, dtype in sizes)
 
 
 def at_tier(tier: str, size: int) -> Need:

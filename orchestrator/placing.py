@@ -17,6 +17,7 @@ from billhook.orchestrator.phases import (
     block_phases,
     larger,
     processes_bytes,
+    sizes_bytes,
     store_bytes,
     sum_of,
 )
@@ -178,7 +179,7 @@ def _arrange_with(
             smallest[option] = min(smallest.get(option, size), size)
         return None
     if activations != "device" and job.samples:
-        hidden = blocks[0].footprint.hidden_bytes * job.samples
+        hidden = blocks[0].footprint.hidden_bytes * job.samples * job.streams
         extra += 2 * len(blocks) * hidden / (rates.disk_bytes if activations == "disk" else rates.copy_bytes)
     return Arrangement(workers, not on_cpu, activations, tuple(placements), phases, peak, extra)
 
@@ -244,14 +245,14 @@ def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: in
     seconds += len(stages) * job.pace.exchange_seconds  # no more of them than need be
     waiting = [facts.waiting(stage) for stage in stages]
     if placement.intermediates == "spill" and job.samples:
-        seconds += 2 * samples * sum(waiting) * parked[placement.spill_to]
+        seconds += 2 * job.streams * samples * sum(waiting) * parked[placement.spill_to]
     if placement.intermediates == "replay" and job.samples:
-        forward = facts.forward_flops(samples * (job.recipe.seqlen or 0))
+        forward = job.streams * facts.forward_flops(samples * (job.recipe.seqlen or 0))
         again = len(waiting) / 2 if job.recipe.fit == "lockstep" else max(0, len(waiting) - 1)
         seconds += again * forward / rates.flops
     if placement.statistics != "device" and job.method.statistic is not None:
         partitions = -(-job.partitions // workers)
-        sizes = sum(job.method.statistic.size_bytes(linears[0].shape[1]) for linears in facts.groups.values())
+        sizes = sizes_bytes(job, facts, list(facts.groups.values()))
         seconds += 2 * max(0, partitions - 1) * sizes * parked[placement.statistics]
     return seconds
 

@@ -104,7 +104,10 @@ class Plan:
             blocks[index].tensors,
             blocks[index].others,
             tuple(
-                LinearTask(linear.disk_name, linear.name, request.pattern_of(linear), recipe.method, options)
+                LinearTask(
+                    *(linear.disk_name, linear.name, request.pattern_of(linear), recipe.method, options),
+                    0.0 if blocks[index].groups[linear.group].experts else recipe.correction or 0.0,
+                )
                 for linear in request.linears[index]
             ),
             recipe.fit,
@@ -128,7 +131,12 @@ class Plan:
     @property
     def kept_bytes(self) -> int:
         """Most bytes of kept inputs that lie on the disk at once."""
-        return kept_copies(self.keep_every) * self.request.samples * self.hidden_bytes
+        return kept_copies(self.keep_every) * self.kept_rows * self.hidden_bytes
+
+    @property
+    def kept_rows(self) -> int:
+        """Hidden states that a block's kept inputs are."""
+        return self.request.samples * self.request.streams
 
 
 def make_plan(
@@ -283,7 +291,7 @@ def _cadence(
     Raises:
         InputError: when they were asked for, and there is no room.
     """
-    size, blocks = request.samples * hidden_bytes, len(request.model.layout.blocks)
+    size, blocks = request.samples * request.streams * hidden_bytes, len(request.model.layout.blocks)
     if not size or resources.keep_inputs == "never":
         return 0
     if resources.keep_inputs == "auto":
@@ -361,7 +369,7 @@ def estimate(plan: Plan) -> Estimate:
     request, workers = plan.request, plan.workers.count
     checkpoint, blocks = request.model.checkpoint, request.model.layout.blocks
     written = output_bytes(request.model)
-    kept = request.samples * plan.hidden_bytes * sum(plan.keeps_inputs_of(block.index) for block in blocks)
+    kept = plan.kept_rows * plan.hidden_bytes * sum(plan.keeps_inputs_of(block.index) for block in blocks)
     read = checkpoint.size_bytes + (workers - 1) * sum(
         tensor.entry.size_bytes for block in blocks for tensor in block.tensors
     )

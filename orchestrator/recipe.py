@@ -51,6 +51,13 @@ class Recipe(BaseModel):
     fit: Literal["auto", "lockstep", "dense-block"] = Field(
         "auto", description="Inputs that a linear is fitted to; auto is the method's own choice."
     )
+    correction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of what earlier linears got wrong that a linear's target takes back, by a dense stream run "
+        "beside; default the method's own.",
+    )
     route: Literal["router", "all"] = Field(
         "router", description="Tokens that an expert is fitted to: those that the router sends there, or all."
     )

@@ -16,6 +16,7 @@ from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import Method, method_named
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured, parse_pattern
+from billhook.layerworkers.statistics import GRAM
 from billhook.orchestrator.allocation import (
     ALLOCATORS,
     UNIFORM,
@@ -34,7 +35,7 @@ from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.recipe import Recipe, Value, checked_options, method_options
 
 DATA_KEYS = (
-    *("field", "samples", "seqlen", "seed", "bos", "fit", "partition_samples"),
+    *("field", "samples", "seqlen", "seed", "bos", "fit", "correction", "partition_samples"),
     *("route", "expert_tokens", "expert_fallback"),
 )
 """Keys of a recipe that mean nothing to methods without calibration."""
@@ -71,6 +72,11 @@ class Request:
     def is_allocated(self) -> bool:
         """Whether it is known what each linear loses."""
         return self.allocation is not None or self.recipe.allocation == UNIFORM
+
+    @property
+    def streams(self) -> int:
+        """In how many ways each sample is carried through the blocks: sparse, and dense beside it where corrected."""
+        return 2 if self.recipe.correction else 1
 
     @property
     def samples(self) -> int:
@@ -136,6 +142,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
             "sparsity": float(pattern.sparsity),
             "options": options,
             "fit": method_named(recipe.method).fit if recipe.fit == "auto" else recipe.fit,
+            "correction": _correction(recipe),
             "device": opened.device,
             "dtype": opened.dtype,
             "seqlen": seqlen,
@@ -149,6 +156,30 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
         pattern = Unstructured(allocation.sparsity)
         recipe = recipe.model_copy(update={"sparsity": float(pattern.sparsity)})
     return Request(opened, recipe, pattern, options, chosen, skipped, allocation)
+
+
+def _correction(recipe: Recipe) -> float:
+    """Return the share of earlier errors that targets take back.
+
+    Raises:
+        OptionError: where the recipe's method cannot be corrected.
+    """
+    method = method_named(recipe.method)
+    if not (share := method.correction if recipe.correction is None else recipe.correction):
+        return 0.0
+    flag = f"--correction {share:g}"
+    if (method.fit if recipe.fit == "auto" else recipe.fit) != "lockstep":
+        raise OptionError(
+            f"{flag}: what is fitted to the dense block sees no error of earlier linears; use --fit lockstep, or "
+            "--correction 0"
+        )
+    if method.statistic is None or not GRAM.covers(method.statistic):
+        needs = "no calibration" if method.statistic is None else method.statistic.name
+        raise OptionError(
+            f"{flag}: needs the Gram matrix of the inputs, which does not give what --method {recipe.method} asks for "
+            f"({needs}); leave --correction out, or choose another method"
+        )
+    return share
 
 
 def _allocation(

@@ -13,7 +13,7 @@ import torch
 
 from billhook.kernels.gram import cpu_multiplies_bfloat16
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.sharing import share_out_stage, shared_of
+from billhook.layerworkers.sharing import share_out_stage
 from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic
 from billhook.orchestrator.phases import BlockWork, Job
 from billhook.orchestrator.probe import Rates
@@ -79,13 +79,17 @@ class _Flops:
 def _flops(job: Job, facts: BlockWork) -> _Flops:
     recipe, method = job.recipe, job.method
     tokens, on_gpu = job.samples * (recipe.seqlen or 0), recipe.device != "cpu"
-    firsts = [linears[0] for linears in facts.groups.values()]
+    inputs = [
+        (linears[0], job.statistic(facts, linears), job.shared(facts, linears)) for linears in facts.groups.values()
+    ]
     return _Flops(
         passes(recipe) * facts.forward_flops(tokens),
-        0.0
-        if method.statistic is None
-        else sum(facts.share(each) * method.statistic.flops(tokens, each.shape[1], on_gpu) for each in firsts),
-        sum(method.factor_flops(each.shape[1]) for each in firsts),
+        sum(
+            facts.share(first) * statistic.flops(tokens, first.shape[1], on_gpu)
+            for first, statistic, _ in inputs
+            if statistic is not None
+        ),
+        sum(shared.flops for _, _, shared in inputs),
         sum(method.flops(*linear.shape, job.options) for linear in facts.linears),
     )
 
@@ -100,7 +104,7 @@ def _statistics_rate(recipe: Recipe, rates: Rates) -> float:
 
 def passes(recipe: Recipe) -> int:
     """Return how often a sample is run through a block."""
-    return 2 if recipe.fit == "dense-block" else 1
+    return 2 if recipe.fit == "dense-block" or recipe.correction else 1
 
 
 def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connection: Connection) -> BlockTime:
@@ -113,7 +117,7 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
     factors = 0.0
     for stage in facts.stages(0):
         works = [[job.work(linear) for linear in linears] for linears in stage]
-        shared = [shared_of(job.method, linears[0].shape[1]) for linears in stage]
+        shared = [job.shared(facts, linears) for linears in stage]
         seconds, factoring = [0.0] * workers, [0.0] * workers
         shares = share_out_stage(works, shared, workers, partition_rows, job.pace)
         for linears, work, common, ranges_of in zip(stage, works, shared, shares, strict=True):
@@ -128,7 +132,16 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         factors += max(factoring)
         matrices = [[Matrix(*linear.shape, linear.item_bytes) for linear in linears] for linears in stage]
         traffic += stage_traffic(
-            *(matrices, job.method, job.pattern, job.options, job.partitions, partition_rows, workers),
+            *(
+                matrices,
+                [job.statistic(facts, linears) for linears in stage],
+                job.method,
+                job.pattern,
+                job.options,
+                job.partitions,
+                partition_rows,
+                workers,
+            ),
             job.pace,
         )
     if workers > 1 and job.method.statistic is not None:

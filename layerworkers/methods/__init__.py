@@ -18,6 +18,7 @@ from typing import Any
 from billhook.layerworkers.errors import OptionError, nearest
 from billhook.layerworkers.methods.admm import ADMM
 from billhook.layerworkers.methods.alps import ALPS
+from billhook.layerworkers.methods.auto import AUTO
 from billhook.layerworkers.methods.chain import chain
 from billhook.layerworkers.methods.contract import Method, Refinement, Solution
 from billhook.layerworkers.methods.dsnot import DSNOT
@@ -33,7 +34,7 @@ from billhook.layerworkers.methods.wanda import WANDA, WANDA_CUMULATIVE
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (MAGNITUDE, WANDA, WANDA_CUMULATIVE, RIA, SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS)
+    for method in (AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, RIA, SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS)
 }
 
 REFINEMENTS: dict[str, Refinement] = {each.name: each for each in (DSNOT, SWAPS, REFIT, EXACT_REFIT)}

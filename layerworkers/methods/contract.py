@@ -63,6 +63,8 @@ class Method:
     """What the Gram is made into: questions to the problem that would each overwrite it."""
     counts: Callable[[int, Any], int] = lambda columns, options: 0
     """``counts(columns, options)``: sums of one number over all workers in one unstructured solve."""
+    correction: float = 0.0
+    """Share of the deviation from the dense model that targets take back where the recipe leaves it to the method."""
     adaptive: bool = False
     """Whether the data decide how many selections and counts there are; those declared are then the most."""
 
