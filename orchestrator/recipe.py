@@ -25,7 +25,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field("sparsegpt", description="Pruning method: see 'billhook methods'.")
+    method: str = Field("auto", description="Pruning method: see 'billhook methods'.")
     sparsity: float | None = Field(None, description="Share of weights to remove, in [0, 1); default 0.5.")
     pattern: str = Field(
         "unstructured", description="'unstructured', or N:M: N weights kept of every M, as 2:4; fixes the sparsity."

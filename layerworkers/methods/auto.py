@@ -9,13 +9,24 @@ between its inputs (:meth:`billhook.layerworkers.problem.LinearProblem.corrected
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
-from billhook.layerworkers.methods.admm import ADMM
+from billhook.layerworkers.methods import admm
+
+
+@dataclass(frozen=True)
+class Options(admm.Options):
+    """Those of ADMM; fewer iterations lose nothing here that could be measured."""
+
+    iterations: int = 12
+    reselections: int = 9
+
 
 AUTO = dataclasses.replace(
-    ADMM,
+    admm.ADMM,
     name="auto",
-    source=f"{ADMM.source}; targets from a dense stream: billhook, docs/decisions/0009-auto.md",
+    source=f"{admm.ADMM.source}; targets from a dense stream: billhook, docs/decisions/0009-auto.md",
     summary="admm on targets that take back half of the error of the linears before",
+    options=Options,
     correction=0.5,
 )
