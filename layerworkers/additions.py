@@ -57,6 +57,8 @@ class Additions(TorchDispatchMode):
                 name = self._made_by.get(id(summand))
                 if name is not None and isinstance(beside, Tensor) and id(beside) not in self._made_by:
                     self._added.setdefault(name, beside)
+            if func is torch.ops.aten.add_.Tensor:  # from here on it is a sum itself
+                self._made_by.pop(id(one), None)
         return func(*args, **(kwargs or {}))
 
     def residuals(self) -> dict[str, str]:

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from billhook.kernels import gram as kernel
-from billhook.kernels.gram import add_column_squares_, add_gram_, add_gram_by_bands_, gram_reference, mirror_lower_
+from billhook.kernels.gram import (
+    add_column_squares_,
+    add_cross_,
+    add_gram_,
+    add_gram_by_bands_,
+    gram_reference,
+    mirror_lower_,
+)
 
 
 @pytest.fixture(params=["as here", "without bfloat16"])
@@ -104,3 +111,13 @@ def test_column_squares_are_the_diagonal_of_the_gram() -> None:
     squares = torch.zeros(9)
     add_column_squares_(squares, x)
     assert torch.allclose(squares.double(), gram_reference(x).diagonal(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cross_products_add_up(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    d, x = torch.randn(70, 24).to(dtype), torch.randn(70, 40).to(dtype)
+    cross = torch.ones(24, 40)
+    add_cross_(cross, d[:30], x[:30])
+    add_cross_(cross, d[30:], x[30:])
+    assert torch.allclose(cross.double(), 1 + d.double().T @ x.double(), atol=1e-4)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from families import FAMILIES
 
 from billhook.layerworkers.block_facts import Arguments, InputGroup
-from billhook.layerworkers.lockstep import Arriving, run_lockstep, run_observed, run_plain
+from billhook.layerworkers.lockstep import Arriving, DenseStream, run_lockstep, run_observed, run_plain
 from billhook.layerworkers.scratch import DiskParking
 from billhook.layerworkers.skeleton import Skeleton
 from billhook.layerworkers.stages import Stage, in_stages
@@ -52,7 +53,7 @@ def test_lockstep_outputs_have_the_bits_of_the_plain_forward(make_model: Any, fa
         stages_of(skeleton, 1),
         lockstep,
         arguments,
-        lambda stage, arriving: seen.extend((position, group) for position, group, _ in arriving),
+        lambda stage, arriving: seen.extend((position, group) for position, group, _, _ in arriving),
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, lockstep, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(plain, states, strict=True))
@@ -76,7 +77,7 @@ def test_a_weight_changed_at_a_pause_is_used_by_every_sample(llama: Path) -> Non
 
     def halve(stage: Stage, arriving: Arriving) -> None:
         (group,) = stage
-        inputs[group.stop] = [x.clone() for _, _, x in arriving]
+        inputs[group.stop] = [x.clone() for _, _, x, _ in arriving]
         for name in group.linears:
             block.get_submodule(name).weight.data.mul_(0.5)
 
@@ -106,7 +107,7 @@ def test_what_waits_elsewhere_or_is_computed_again_has_the_same_bits(
             seen: list[torch.Tensor] = seen,
             block: Any = block,
         ) -> None:
-            seen += [x.clone() for _, _, x in arriving]
+            seen += [x.clone() for _, _, x, _ in arriving]
             for group in stage:
                 for name in group.linears:
                     block.get_submodule(name).weight.data.mul_(0.5)
@@ -118,6 +119,64 @@ def test_what_waits_elsewhere_or_is_computed_again_has_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("keep", ["hold", "spill", "replay"])
+def test_a_dense_stream_is_the_dense_blocks_and_tells_how_far_it_is_ahead(
+    llama: Path, keep: str, tmp_path: Path
+) -> None:
+    skeleton, states, arguments = loaded(llama, 0)
+    block: Any = skeleton.blocks[0]
+    untouched: Any = deepcopy(block)
+    ahead = [state + 0.1 * torch.randn_like(state) for state in states]
+    behind, dense = list(states), list(ahead)
+    seen: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
+
+    def halve(stage: Stage, arriving: Arriving) -> None:
+        (group,) = stage
+        pairs = [(x.clone(), deviation) for _, _, x, deviation in arriving]
+        inputs[group.stop] = [x for x, _ in pairs]
+        seen[group.stop] = [deviation for _, deviation in pairs if deviation is not None]
+        for name in group.linears:
+            block.get_submodule(name).weight.data.mul_(0.5)
+
+    stream = DenseStream(deepcopy(block), dense)
+    run_lockstep(
+        block, stages_of(skeleton, 0), behind, arguments, halve, keep, DiskParking(str(tmp_path)), dense=stream
+    )
+    plain, sparse = list(ahead), list(states)
+    run_plain(untouched, plain, arguments)
+    run_plain(block, sparse, arguments)
+    assert all(torch.equal(a, b) for a, b in zip([*dense, *behind], [*plain, *sparse], strict=True))
+    with torch.inference_mode():
+        for sample, (x_dense, x) in enumerate(zip(ahead, states, strict=True)):
+            norm = untouched.input_layernorm
+            assert torch.equal(seen["self_attn.q_proj"][sample], norm(x_dense) - norm(x))
+            args, kwargs = arguments
+            last = untouched(x_dense, *args, **kwargs)
+            last = last[0] if isinstance(last, tuple) else last
+            # What the sparse block would give if its last linear were left dense.
+            given = inputs["mlp.down_proj"][sample]
+            dense_last = torch.nn.functional.linear(given, untouched.mlp.down_proj.weight)
+            sparse_last = torch.nn.functional.linear(given, block.mlp.down_proj.weight)
+            expected = last - (behind[sample] - sparse_last + dense_last)
+            wrong = (seen["mlp.down_proj"][sample] - expected).float().norm()
+            assert wrong < 0.02 * expected.float().norm()  # all of it is rounded to bfloat16 in between
+
+
+@pytest.mark.parametrize(
+    ("family", "residuals"),
+    [
+        ("llama", {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}),
+        ("gemma2", {}),  # norms come between the linears and the sums
+        ("falcon", {}),  # attention and the rest are added to each other first
+    ],
+)
+def test_what_an_output_is_added_to_is_found(make_model: Any, family: str, residuals: dict[str, str]) -> None:
+    skeleton, _, _ = loaded(make_model(family, **FAMILIES[family]), 0)
+    groups = skeleton.facts(0).input_groups
+    assert {group.linears[0]: group.residual for group in groups if group.residual} == residuals
+
+
 def test_spilling_gives_up_the_memory_of_all_that_waits(llama: Path, tmp_path: Path) -> None:
     skeleton, states, arguments = loaded(llama, 0)
     parking = DiskParking(str(tmp_path))
@@ -125,7 +184,7 @@ def test_spilling_gives_up_the_memory_of_all_that_waits(llama: Path, tmp_path: P
 
     def measure(stage: Stage, arriving: Arriving) -> None:
         last: list[torch.Tensor] = []
-        for _, _, x in arriving:
+        for _, _, x, _ in arriving:
             held.extend(each.untyped_storage().nbytes() for each in last)
             last = [x]
 
@@ -148,7 +207,7 @@ def test_observing_changes_nothing_and_sees_what_the_plain_forward_gives(llama: 
     paused: dict[InputGroup, list[torch.Tensor]] = {}
 
     def note(stage: Stage, arriving: Arriving) -> None:
-        paused[stage[0]] = [x.clone() for _, _, x in arriving]
+        paused[stage[0]] = [x.clone() for _, _, x, _ in arriving]
 
     run_lockstep(block, stages_of(skeleton, 0), given, arguments, note)
     for group in groups:
@@ -201,7 +260,7 @@ def test_a_block_that_changes_its_input_or_keeps_a_tensor_computes_the_same(keep
     block.cached = None
 
     def take(stage: Stage, arriving: Arriving) -> None:
-        assert len([x.shape for _, _, x in arriving]) == 3
+        assert len([x.shape for _, _, x, _ in arriving]) == 3
 
     run_lockstep(block, in_stages(groups, {}), given, ((), {}), take, keep, DiskParking(str(tmp_path)))
     assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from billhook.layerworkers import solving
+from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.methods import METHODS, method_named
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
-from billhook.layerworkers.reduction import even_ranges
+from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.reduction import even_ranges, total
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.sharing import Pace
 from billhook.layerworkers.solving import Together, solve_stage
-from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.statistics import Accumulator, with_deviations
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 
@@ -52,24 +54,35 @@ def solved(
     group: Any,
     parking: Parking | None = None,
     apart: bool = False,
+    of_output: bool = False,
 ) -> list[Solved]:
     """What one worker of the group has in the end, given the numbered inputs of its samples.
 
-    apart: each linear is taken to have an input of its own.
+    apart: each linear is taken to have an input of its own. of_output: what deviates is as wide as its output.
     """
-    statistic = method_named(task.linears[0].method).statistic
     together = []
     for linears in [[linear] for linear in task.linears] if apart else [task.linears]:
         nodes = []
+        statistic = method_named(linears[0].method).statistic
+        width = len(weights[linears[0].disk_name]) if of_output else 64
+        if linears[0].correction:
+            statistic = with_deviations(width)
         if statistic is not None:
             accumulator = Accumulator(statistic, 64, task.partition_samples, torch.device("cpu"), parking)
             for number, x in numbered:
-                accumulator.add(number, x)
+                accumulator.add(number, x, deviation(x, width) if linears[0].correction else None)
             nodes = accumulator.nodes(park=parking is not None)
-        together.append(Together(linears, nodes))
+        together.append(Together(linears, nodes, statistic, of_output))
     own = {name: weight.clone() for name, weight in weights.items()}
     reports = solve_stage(together, own, task, group, torch.device("cpu"), Stopwatch())
     return [Solved(own[report.name], report) for report in reports]
+
+
+def deviation(x: torch.Tensor, width: int) -> torch.Tensor:
+    """What depends on the input, and on something else."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(64, width, generator=generator).to(x.dtype)
+    return 0.05 * (x @ mixing) + 0.2 * torch.randn(*x.shape[:-1], width, generator=generator).to(x.dtype)
 
 
 ALL_SOLVE = Pace(exchange_seconds=0.0, bytes_per_second=float("inf"))
@@ -85,10 +98,12 @@ def solved_by(
     parking: Callable[[], Parking | None] = lambda: None,
     pace: Pace = Pace(),
     apart: bool = False,
+    correction: float = 0.0,
+    of_output: bool = False,
 ) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
     table = method_named(method)
-    tasks = [LinearTask(name, name, pattern, method, table.options()) for name in weights]
+    tasks = [LinearTask(name, name, pattern, method, table.options(), correction) for name in weights]
     partitions = 0 if table.statistic is None else 6
     sizes = (4, partitions, 16)
     task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", *sizes, pace=pace)
@@ -96,7 +111,7 @@ def solved_by(
 
     def work(group: Any) -> list[Solved]:
         start, stop = even_ranges(partitions, group.size)[group.rank]
-        return solved(weights, numbered[start * 4 : stop * 4], task, group, parking(), apart)
+        return solved(weights, numbered[start * 4 : stop * 4], task, group, parking(), apart, of_output)
 
     results: list[list[Solved]] = run_group(workers, work)
     return results
@@ -116,6 +131,47 @@ def test_any_number_of_workers_gives_the_same_bytes(run_group: Any, method: str,
             assert [one.report for one in each] == [other.report for other in reference]
             for one, other in zip(each, reference, strict=True):
                 assert torch.equal(one.weight.view(torch.int16), other.weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("method", ["auto", "sparsegpt", "wanda", "admm+refit"])
+@pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])
+@pytest.mark.parametrize(("apart", "of_output"), [(False, False), (True, False), (True, True)])
+def test_corrected_linears_have_the_same_bytes_with_any_number_of_workers(
+    run_group: Any, method: str, pattern: Pattern, apart: bool, of_output: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(workers: int, pace: Pace, share: float = 0.5) -> list[list[Solved]]:
+        return solved_by(
+            workers, run_group, method, pattern, torch.bfloat16, lambda: None, pace, apart, share, of_output
+        )
+
+    (reference,), (plain,) = of(1, ALL_SOLVE), of(1, ALL_SOLVE, 0.0)
+    assert not any(torch.equal(a.weight, b.weight) for a, b in zip(reference, plain, strict=True))
+    assert [each.report.removed for each in reference] == [each.report.removed for each in plain]
+    monkeypatch.setattr("billhook.layerworkers.scratch.BAND_BYTES", 3000)  # several bands in every tensor
+    for workers in (2, 3):
+        for pace in (ALL_SOLVE, WHOLE_LINEARS):
+            for each in of(workers, pace):
+                assert [one.report for one in each] == [other.report for other in reference]
+                assert all(torch.equal(a.weight, b.weight) for a, b in zip(each, reference, strict=True))
+
+
+@pytest.mark.parametrize("of_output", [False, True])
+def test_a_correction_is_the_ridge_regression_of_what_deviates(of_output: bool) -> None:
+    weights, inputs = problem(torch.bfloat16)
+    weight_RC = weights["q"].float()
+    width = len(weight_RC) if of_output else 64
+    accumulator = Accumulator(with_deviations(width), 64, 4, torch.device("cpu"))
+    for number, x in enumerate(inputs):
+        accumulator.add(number, x, deviation(x, width))
+    statistic = total(accumulator.nodes(), 6)
+    corrected = LinearProblem(statistic, 64, 16, Alone(), torch.device("cpu")).corrected(weight_RC, 0, 0.5, of_output)
+    x_TC = torch.cat([x.reshape(-1, 64) for x in inputs]).double()
+    d_TK = torch.cat([deviation(x, width).reshape(-1, width) for x in inputs]).double()
+    gram_CC = x_TC.T @ x_TC
+    explained_KC = d_TK.T @ x_TC @ torch.linalg.inv(gram_CC + 0.1 * torch.diag(gram_CC.diagonal()))
+    expected = weight_RC.double() + 0.5 * (explained_KC if of_output else weight_RC.double() @ explained_KC)
+    assert torch.allclose(corrected.double(), expected, atol=1e-4)
+    assert (corrected - weight_RC).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
@@ -178,8 +234,8 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
     alive: list[bool] = []
     solve_share = solving._solve_share
 
-    def watched(linear: Any, weight: Any, ranges: Any, group: Any, problem: Any) -> Any:
-        share = solve_share(linear, weight, ranges, group, problem)
+    def watched(linear: Any, weight: Any, ranges: Any, group: Any, *others: Any) -> Any:
+        share = solve_share(linear, weight, ranges, group, *others)
         if group.rank == 1:
             alive.extend(each() is not None for each in sums[1])
         return share
@@ -194,7 +250,8 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
         nodes = accumulator.nodes()
         sums[group.rank] = [weakref.ref(node.total) for node in nodes]
         own = {name: weight.clone() for name, weight in weights.items()}
-        list(solving.solve_stage([Together(task.linears, nodes)], own, task, group, torch.device("cpu"), Stopwatch()))
+        together = Together(task.linears, nodes, METHODS["sparsegpt"].statistic)
+        list(solving.solve_stage([together], own, task, group, torch.device("cpu"), Stopwatch()))
 
     run_group(2, work)
     assert alive
