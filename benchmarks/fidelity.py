@@ -38,11 +38,14 @@ class Row:
     reference: float | None = None
     """Of the method's own published code; None where nobody has run it."""
     allocation: str = "uniform"
+    correction: float | None = None
+    """None: the method's own."""
 
     @property
     def name(self) -> str:
         allocated = "" if self.allocation == "uniform" else f" {self.allocation}"
-        return f"{self.method} {self.pattern} {self.sparsity or ''}".strip() + allocated
+        corrected = "" if self.correction is None else f" correction {self.correction}"
+        return f"{self.method} {self.pattern} {self.sparsity or ''}".strip() + allocated + corrected
 
 
 REFERENCES = (
@@ -62,6 +65,8 @@ METHODS = (
     *("wanda+dsnot", "wanda+swaps", "wanda+refit", "wanda+swaps+refit", "sparsegpt+refit", "admm+refit"),
 )
 PATTERNS = (("unstructured", 0.5), ("unstructured", 0.6), ("unstructured", 0.7), ("2:4", None))
+CORRECTIONS = {"auto": (0.0, 0.25, 0.75, 1.0), "sparsegpt": (0.5,), "alps": (0.5,)}
+"""Other shares than the methods' own; what they make of it is in docs/decisions/0009-auto.md."""
 ROWS = (
     *REFERENCES,
     *(
@@ -74,6 +79,12 @@ ROWS = (
         for allocation in ALLOCATORS
         if allocation != UNIFORM
         for method in ("wanda", "sparsegpt")
+    ),
+    *(
+        Row(method, "unstructured", sparsity, correction=correction)
+        for method, corrections in CORRECTIONS.items()
+        for sparsity in (0.5, 0.7)
+        for correction in corrections
     ),
 )
 
@@ -137,6 +148,7 @@ def main() -> None:
                         pattern=row.pattern,
                         sparsity=row.sparsity,
                         allocation=row.allocation,
+                        **({} if row.correction is None else {"correction": row.correction}),
                         calibration=arguments.calibration,
                         samples=32,
                         seqlen=512,
