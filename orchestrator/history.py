@@ -21,6 +21,7 @@ SOLVE_KEYS = frozenset(
         "allocation_options",
         "options",
         "fit",
+        "correction",
         "route",
         "expert_tokens",
         "expert_fallback",

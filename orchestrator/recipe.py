@@ -200,6 +200,7 @@ class RunOptions(TypedDict, total=False):
     seed: int
     bos: Literal["auto", "always", "never"]
     fit: Literal["auto", "lockstep", "dense-block"]
+    correction: float | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
