@@ -23,7 +23,7 @@ from billhook.layerworkers.reduction import Node, give_up
 from billhook.layerworkers.scratch import Parking
 from billhook.layerworkers.solving import Together
 from billhook.layerworkers.stages import Stage, in_stages
-from billhook.layerworkers.statistics import Accumulator, Statistic, with_deviations
+from billhook.layerworkers.statistics import Accumulator, Statistic, covering, with_deviations
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearReport, LinearTask
 
@@ -159,7 +159,9 @@ class BlockFit:
         """Return what sums the statistics of the groups that need any."""
         sums = {}
         for group in groups:
-            statistic = self._statistic(group, self._linears[group.linears[0]]) if group.linears else None
+            statistic = (
+                self._statistic(group, [self._linears[name] for name in group.linears]) if group.linears else None
+            )
             unused = self._is_starved(group) and self._fallback(group.experts) != "pool"
             if statistic is not None and not unused:
                 columns = self._block.get_submodule(group.linears[0]).in_features
@@ -168,11 +170,12 @@ class BlockFit:
                 sums[group] = Accumulator(statistic, columns, self._task.partition_samples, self._device, parking)
         return sums
 
-    def _statistic(self, group: InputGroup, first: LinearTask) -> Statistic | None:
-        """Return what is summed at a group's input, given its first linear."""
-        if not first.correction:
-            return method_named(first.method).statistic
-        linear: Any = self._block.get_submodule(first.name)
+    def _statistic(self, group: InputGroup, linears: Sequence[LinearTask]) -> Statistic | None:
+        """Return what is summed at a group's input, given its linears: what answers all of them."""
+        if not linears[0].correction:
+            asked = (method_named(linear.method).statistic for linear in linears)
+            return covering([statistic for statistic in asked if statistic is not None])
+        linear: Any = self._block.get_submodule(linears[0].name)
         return with_deviations(deviations_of(group, (linear.out_features, linear.in_features)))
 
     def _solve_stage(self, stage: Stage, sums: dict[InputGroup, list[Node]]) -> None:
@@ -184,7 +187,7 @@ class BlockFit:
                 if fallback == "dense":
                     continue
                 linears = [instead(linear, fallback) for linear in linears]
-            statistic = self._statistic(group, linears[0])
+            statistic = self._statistic(group, linears)
             together.append(Together(linears, sums.pop(group, []), statistic, bool(group.residual)))
         if together:
             self._solve(together)

@@ -65,7 +65,7 @@ def spectral_load(columns: int) -> Load:
 
 def correction_load(columns: int, deviations: int) -> Load:
     """Return what each further solver is sent by :meth:`LinearProblem.corrected`."""
-    return tensor_load((deviations, columns)) if deviations else Load(())
+    return Load(((0,),)) + tensor_load((deviations, columns)) if deviations else Load(())
 
 
 def correction_flops(columns: int, deviations: int) -> float:
@@ -139,6 +139,8 @@ class LinearProblem:
     """Forms of the Gram that will be asked for."""
     dampings: list[float] = field(default_factory=list)
     """Relative dampings tried until the factorisation succeeded; one entry where the first did."""
+    _diagonal_C: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Of the Gram, once that is overwritten."""
     _linear: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     _answers: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -146,7 +148,8 @@ class LinearProblem:
         """Return the squared 2-norm of each input channel, [C] float32."""
 
         def compute() -> tuple[Tensor, ...]:
-            assert self.statistic is not None, "the Gram was overwritten by the last form that was promised"
+            if self.statistic is None:
+                return (self._diagonal_C,)
             if self.statistic.dim() == 2:
                 return (self.statistic.diagonal().clone(),)
             return (self.statistic[: self.columns].clone(),)
@@ -323,6 +326,7 @@ class LinearProblem:
         if self.forms > 0:
             return self.statistic[: self.columns].clone()
         statistic, self.statistic = self.statistic, None
+        self._diagonal_C = statistic.diagonal().clone()
         return statistic[: self.columns]
 
     @staticmethod

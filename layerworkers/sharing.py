@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -10,7 +10,7 @@ from typing import Any
 
 from billhook.kernels.products import row_partitions
 from billhook.kernels.select import KEY_LEVELS
-from billhook.layerworkers.collective import Rows
+from billhook.layerworkers.collective import Load, Rows
 from billhook.layerworkers.methods import Method
 from billhook.layerworkers.patterns import NM, Pattern
 from billhook.layerworkers.problem import correction_flops, correction_load
@@ -72,13 +72,21 @@ def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: 
     return Work(rows, flops, method.selections(columns, options), method.counts(columns, options))
 
 
-def shared_of(method: Method, columns: int, deviations: int = 0) -> Shared:
+def shared_of(methods: Iterable[Method], columns: int, deviations: int = 0) -> Shared:
     """Return what linears with an input of so many channels share.
 
-    deviations: as of :class:`billhook.layerworkers.statistics.Statistic`.
+    methods: of the linears. deviations: as of :class:`billhook.layerworkers.statistics.Statistic`.
     """
-    load = method.shared(columns) + correction_load(columns, deviations)
-    return Shared(method.factor_flops(columns) + correction_flops(columns, deviations), load.size_bytes)
+    flops = sum(method.factor_flops(columns) for method in dict.fromkeys(methods)) + correction_flops(
+        columns, deviations
+    )
+    return Shared(flops, shared_load(methods, columns, deviations).size_bytes)
+
+
+def shared_load(methods: Iterable[Method], columns: int, deviations: int = 0) -> Load:
+    """Return what of that each further solver is sent."""
+    loads = (method.shared(columns) for method in dict.fromkeys(methods))
+    return sum(loads, start=correction_load(columns, deviations))
 
 
 def share_out(

@@ -56,7 +56,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Together:
-    """Linears that share one input, to be solved by one method."""
+    """Linears that share one input."""
 
     linears: Sequence[LinearTask]
     nodes: list[Node]
@@ -65,6 +65,11 @@ class Together:
     """What is summed at the input; None: nothing."""
     of_output: bool = False
     """Whether what deviates is that to which the output of the only linear is added, that included."""
+
+    @property
+    def methods(self) -> list[Method]:
+        """What the linears are solved by, each once."""
+        return list(dict.fromkeys(method_named(linear.method) for linear in self.linears))
 
     @property
     def deviations(self) -> int:
@@ -99,8 +104,7 @@ def solve_stage(
     ]
     columns = [weights[together.linears[0].disk_name].shape[1] for together in groups]
     shared = [
-        shared_of(method_named(together.linears[0].method), width, together.deviations)
-        for together, width in zip(groups, columns, strict=True)
+        shared_of(together.methods, width, together.deviations) for together, width in zip(groups, columns, strict=True)
     ]
     dealt = len(groups) > 1 and group.size > 1
     ranges = share_out_stage(work, shared, group.size, task.partition_rows, task.pace)
@@ -134,7 +138,6 @@ def _problem(
     watch: Stopwatch,
 ) -> LinearProblem | None:
     """Sum the statistic of an input over all workers; return the problem where there are rows to solve."""
-    method = method_named(together.linears[0].method)
     columns = weights[together.linears[0].disk_name].shape[1]
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
@@ -146,7 +149,8 @@ def _problem(
     if group.rank not in solvers:
         return None
     solving = group.subgroup(solvers)
-    return LinearProblem(reduced, columns, task.partition_rows, solving, device, watch, len(method.forms))
+    forms = sum(len(method.forms) for method in together.methods)
+    return LinearProblem(reduced, columns, task.partition_rows, solving, device, watch, forms)
 
 
 def sum_over_workers(

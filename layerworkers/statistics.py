@@ -6,7 +6,7 @@ Legend: T tokens of a calibration sample, C input channels, K deviations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +78,11 @@ MOMENTS = Statistic("moments", 1, add_moments_, vectors=4, gives=frozenset({"col
 
 GRAM = Statistic("gram", 2, add_gram_, gives=frozenset({"column squares"}))
 """``X^T X`` over all tokens, lower triangle: [C, C]. Twice over the number of samples it is SparseGPT's Hessian."""
+
+
+def covering(statistics: Sequence[Statistic]) -> Statistic | None:
+    """Return the first that answers what all of them do; None where none does."""
+    return next((each for each in statistics if all(each.covers(other) for other in statistics)), None)
 
 
 def with_deviations(deviations: int) -> Statistic:

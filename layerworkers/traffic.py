@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from billhook.kernels.select import KEY_LEVELS
 from billhook.layerworkers.collective import (
@@ -18,11 +17,10 @@ from billhook.layerworkers.collective import (
     message_bytes,
     messages,
 )
-from billhook.layerworkers.methods import Method
+from billhook.layerworkers.methods import Solver
 from billhook.layerworkers.patterns import Pattern
-from billhook.layerworkers.problem import correction_load
 from billhook.layerworkers.reduction import even_ranges, node_count, reduction_rounds
-from billhook.layerworkers.sharing import Pace, Work, share_out_stage, shared_of, work_of
+from billhook.layerworkers.sharing import Pace, Work, share_out_stage, shared_load, shared_of, work_of
 from billhook.layerworkers.statistics import Statistic
 
 
@@ -59,9 +57,8 @@ class Matrix:
 def stage_traffic(
     groups: Sequence[Sequence[Matrix]],
     statistics: Sequence[Statistic | None],
-    method: Method,
+    solvers: Sequence[Sequence[Solver]],
     pattern: Pattern,
-    options: Any,
     partitions: int,
     partition_rows: int,
     workers: int,
@@ -69,24 +66,31 @@ def stage_traffic(
 ) -> Traffic:
     """Return what :func:`billhook.layerworkers.solving.solve_stage` moves between ``workers`` workers.
 
-    groups: of each input group of the stage, the linears. statistics: what is summed at each input. options: the
-    method's own.
+    groups: of each input group of the stage, the linears. statistics: what is summed at each input. solvers: by what
+    the linears are solved.
     """
     if workers == 1:
         return NOTHING
-    works = [[work_of(method, pattern, options, each.rows, each.columns) for each in group] for group in groups]
-    deviations = [0 if statistic is None else statistic.deviations for statistic in statistics]
-    shared = [shared_of(method, group[0].columns, own) for group, own in zip(groups, deviations, strict=True)]
+    works = [
+        [
+            work_of(solver.method, pattern, solver.options, each.rows, each.columns)
+            for each, solver in zip(group, own, strict=True)
+        ]
+        for group, own in zip(groups, solvers, strict=True)
+    ]
+    asked = [
+        ([solver.method for solver in own], group[0].columns, 0 if statistic is None else statistic.deviations)
+        for group, own, statistic in zip(groups, solvers, statistics, strict=True)
+    ]
+    shared = [shared_of(*each) for each in asked]
     ranges = share_out_stage(works, shared, workers, partition_rows, pace)
     traffic = Traffic(0, 0, 1)
-    for matrices, work, own, statistic in zip(groups, works, ranges, statistics, strict=True):
-        columns = matrices[0].columns
-        solvers = [rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in own)]
-        traffic += _broadcast(method.shared(columns), len(solvers) - 1)
+    for load, work, own, statistic in zip(asked, works, ranges, statistics, strict=True):
+        solving = [rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in own)]
+        traffic += _broadcast(shared_load(*load), len(solving) - 1)
         if statistic is not None:
-            traffic += _broadcast(correction_load(columns, statistic.deviations), len(solvers) - 1)
             nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
-            traffic += _reduction(statistic, columns, nodes, solvers[0])
+            traffic += _reduction(statistic, load[1], nodes, solving[0])
         for each, rows in zip(work, own, strict=True):
             traffic += _selections(each, sum(start < stop for start, stop in rows))
     if pattern.sparsity == 0:

@@ -110,7 +110,7 @@ def allocated(
     stored = stored_path(folder, request, windows)
     if stored.is_file():
         with suppress(InputError):  # what cannot be read is found out again
-            matrices = matrices_of(request.recipe.method, request.linears)
+            matrices = matrices_of(request.recipe, request.linears)
             return replace(request, allocation=read_allocation(str(stored), matrices))
 
     def of_weights(found_in: Callable[[TensorEntry], T]) -> list[list[T]]:
@@ -173,7 +173,7 @@ def stored_path(output: Path, request: Request, windows: Windows | None) -> Path
     made_from = [
         *(request.model.checkpoint.source().sha256, recipe.allocation, str(request.pattern.sparsity)),
         asdict(allocator_options(recipe.allocation, recipe.allocation_options)),
-        [astuple(matrix) for matrix in matrices_of(recipe.method, request.linears)],
+        [astuple(matrix) for matrix in matrices_of(recipe, request.linears)],
         [windows.sha256, *seen] if windows and ALLOCATORS[recipe.allocation].needs == "tokens" else [],
     ]
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

@@ -61,6 +61,7 @@ def model_card(
     zeros, elements = _counts(reports)
     lines = [f"- {key}: `{value}`" for key, value in [("method", recipe.method), ("pattern", request.pattern)]]
     lines += [f"- {key}: `{value}`" for key, value in request.options.items()]
+    lines += [f"- method of {_code(regex)}: `{method}`" for regex, method in recipe.methods.items()]
     if request.allocation is not None:
         lines.append(f"- allocation: `{request.allocation.name}`, one sparsity for each linear or block")
     lines += [f"- sparsity: `{recipe.sparsity}`", f"- compute dtype: `{recipe.dtype}`"]

@@ -84,7 +84,9 @@ def _parameter(name: str, model: type[BaseModel]) -> signatures.Parameter:
     if name == "log_to":
         option = typer.Option(flag, metavar="TOOL", help=text + " May be repeated.")
     elif name in SETTERS:
-        option = typer.Option(flag, metavar="NAME=VALUE", help=text + " May be repeated.")
+        option = typer.Option(
+            flag, metavar="REGEX=METHOD" if name == "methods" else "NAME=VALUE", help=text + " May be repeated."
+        )
     elif _words(field.annotation):
         option = typer.Option(flag, metavar="|".join(["N", *_words(field.annotation)]), help=text)
     elif field.annotation == ByteSize | None:
@@ -138,7 +140,8 @@ def _given(values: dict[str, Any]) -> RunOptions:
 def _name_and_value(flag: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise OptionError(f"{flag} {text}: expected NAME=VALUE, as damping=0.01")
+        expected = "REGEX=METHOD, as mlp=sparsegpt" if flag == SETTERS["methods"] else "NAME=VALUE, as damping=0.01"
+        raise OptionError(f"{flag} {text}: expected {expected}")
     return name.strip(), value.strip()
 
 

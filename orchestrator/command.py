@@ -8,7 +8,7 @@ from typing import Any
 
 from billhook.orchestrator.recipe import Recipe, Resources
 
-SETTERS = {"options": "--set", "allocation_options": "--set-allocation"}
+SETTERS = {"options": "--set", "allocation_options": "--set-allocation", "methods": "--method-for"}
 """Flags of the keys that are mappings of names to values."""
 
 

@@ -15,6 +15,7 @@ from billhook.orchestrator.journal import Line, read_journal
 SOLVE_KEYS = frozenset(
     {
         "method",
+        "methods",
         "sparsity",
         "pattern",
         "allocation",

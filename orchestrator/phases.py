@@ -6,8 +6,8 @@ the GPU if there were one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from billhook.kernels.gram import BAND_ROWS
 from billhook.kernels.products import row_partitions
 from billhook.layerworkers.block_facts import Footprint, deviations_of
-from billhook.layerworkers.methods import Method
+from billhook.layerworkers.methods import Method, Solver
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
@@ -37,7 +37,7 @@ from billhook.layerworkers.sharing import (
     work_of,
 )
 from billhook.layerworkers.stages import in_stages
-from billhook.layerworkers.statistics import Statistic, with_deviations
+from billhook.layerworkers.statistics import Statistic, covering, with_deviations
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.recipe import Recipe
@@ -90,6 +90,7 @@ class Job:
 
     recipe: Recipe
     method: Method
+    """Of the linears that have no other."""
     options: Any
     pattern: Pattern
     samples: int
@@ -100,6 +101,8 @@ class Job:
     """Per second, into or out of a worker; None: not told."""
     beside_bytes: int = 0
     """Memory of what runs beside on the node, as Ray's dashboard."""
+    others: Mapping[str, Solver] = field(default_factory=dict)
+    """What solves the linears that another method is for, by their names on disk."""
 
     @property
     def pace(self) -> Pace:
@@ -119,13 +122,25 @@ class Job:
         """Return what is summed at the input of some linears of a block."""
         group = facts.block.groups[linears[0].group]
         if not self.recipe.correction or group.experts:
-            return self.method.statistic
+            asked = (self.solver(linear).method.statistic for linear in linears)
+            return covering([statistic for statistic in asked if statistic is not None])
         return with_deviations(deviations_of(group, linears[0].shape))
 
     def shared(self, facts: BlockWork, linears: Sequence[Linear]) -> Shared:
         """Return what the linears of one input share."""
         statistic = self.statistic(facts, linears)
-        return shared_of(self.method, linears[0].shape[1], 0 if statistic is None else statistic.deviations)
+        methods = [self.solver(linear).method for linear in linears]
+        return shared_of(methods, linears[0].shape[1], 0 if statistic is None else statistic.deviations)
+
+    def solver(self, linear: Linear) -> Solver:
+        """Return what a linear is solved by."""
+        return self.others.get(linear.disk_name) or Solver(self.method, self.options)
+
+    @property
+    def sums(self) -> bool:
+        """Whether anything is summed over tokens."""
+        methods = [self.method, *(solver.method for solver in self.others.values())]
+        return any(method.statistic is not None for method in methods)
 
     @property
     def streams(self) -> int:
@@ -134,7 +149,8 @@ class Job:
 
     def work(self, linear: Linear) -> Work:
         """Return what solving a linear is."""
-        return work_of(self.method, self.pattern, self.options, *linear.shape)
+        solver = self.solver(linear)
+        return work_of(solver.method, self.pattern, solver.options, *linear.shape)
 
 
 @dataclass(frozen=True)
@@ -148,13 +164,15 @@ class BlockWork:
     next_bytes: int
     """Of the next block's tensors on disk."""
 
-    def kind(self, recipe: Recipe) -> object:
+    def kind(self, job: Job) -> object:
         """Return what two blocks have in common that need the same."""
         footprint = self.footprint
         waiting = tuple(sorted(footprint.waiting_bytes.items()))
-        linears = tuple((linear.group, linear.shape, linear.item_bytes) for linear in self.linears)
+        linears = tuple(
+            (linear.group, linear.shape, linear.item_bytes, job.solver(linear).method.name) for linear in self.linears
+        )
         sizes = (footprint.hidden_bytes, footprint.running_bytes, waiting, self.next_bytes)
-        return (*sizes, linears, _weights(self.block, recipe))
+        return (*sizes, linears, _weights(self.block, job.recipe))
 
     @cached_property
     def groups(self) -> dict[int, list[Linear]]:
@@ -201,9 +219,12 @@ class BlockWork:
         """Return what running so many tokens through the block computes, where experts are sent as many each."""
         return sum(2.0 * self.share(each) * tokens * each.shape[0] * each.shape[1] for each in self.block.linears)
 
-    def stage_kind(self, stage: Stage) -> object:
+    def stage_kind(self, job: Job, stage: Stage) -> object:
         """Return what stages have in common that need the same."""
-        shapes = tuple(tuple((linear.kind, linear.shape, linear.item_bytes) for linear in linears) for linears in stage)
+        shapes = tuple(
+            tuple((linear.kind, linear.shape, linear.item_bytes, job.solver(linear).method.name) for linear in linears)
+            for linears in stage
+        )
         return shapes, self.waiting(stage)
 
     def waiting(self, stage: Sequence[Sequence[Linear]]) -> int:
@@ -232,7 +253,7 @@ def block_phases(
     Experts' come more than once, but only once of those that need the same.
     """
     recipe = job.recipe
-    summed = job.method.statistic is not None
+    summed = job.sums
     ranges = even_ranges(job.partitions, workers)
     own_samples = [
         max(0, min(stop * recipe.partition_samples, job.samples) - start * recipe.partition_samples)
@@ -282,7 +303,7 @@ def block_phases(
     seen: set[object] = set()
     for number, stage in enumerate(stages):
         # The first of its kind needs most: afterwards, fewer sums wait to be solved.
-        kind = (facts.stage_kind(stage), previous and facts.stage_kind(previous))
+        kind = (facts.stage_kind(job, stage), previous and facts.stage_kind(job, previous))
         if kind in seen:
             previous = stage
             continue
@@ -344,8 +365,7 @@ def _solving(
 
     partitions: each worker's range of them.
     """
-    recipe, method, workers = job.recipe, job.method, len(partitions)
-    local = is_local(method, job.pattern)
+    recipe, workers = job.recipe, len(partitions)
     partition_rows = recipe.partition_rows or 256
     works = [[job.work(linear) for linear in linears] for linears in stage]
     shared = [job.shared(facts, linears) for linears in stage]
@@ -359,22 +379,26 @@ def _solving(
             statistic = sizes_bytes(job, facts, [linears])
             waiting += partials * statistic
             rows = [each[rank][1] - each[rank][0] for each in rows_of]
-            at_once = max(rows)
-            if not at_once:
+            if not max(rows):
                 continue
             own += statistic
-            if local:
-                at_once = max(stop - start for start, stop in row_partitions(at_once, partition_rows))
-            own_statistic = job.statistic(facts, linears)
-            gram = 4 * columns**2 if own_statistic is not None and own_statistic.dimensions == 2 else 0
+            summed = job.statistic(facts, linears)
+            gram = 4 * columns**2 if summed is not None and summed.dimensions == 2 else 0
             copies = 3 * gram if recipe.device != "cpu" else 0  # torch factorises into copies
-            if job.streams > 1:  # the corrected rows beside the dense ones; the Gram's inverse is given up before
-                copies += 4 * at_once * columns
-                working = max(working, 2 * gram + (3 * gram if recipe.device != "cpu" else 0))
-            working = max(working, 4 * at_once * columns + method.extra_bytes(at_once, columns) + copies)
+            methods = dict.fromkeys(job.solver(linear).method for linear in linears)
+            others = gram * (len(methods) - 1)  # of which each makes a form of its own of the Gram
+            if job.streams > 1:
+                working = max(working, 2 * gram + copies)
+            for linear, count in zip(linears, rows, strict=True):
+                method = job.solver(linear).method
+                at_once = count
+                if is_local(method, job.pattern) and count:
+                    at_once = max(stop - start for start, stop in row_partitions(count, partition_rows))
+                dense = 4 * job.streams * at_once * columns  # and corrected
+                working = max(working, dense + method.extra_bytes(at_once, columns) + copies + others)
             solution += sum(each * columns * linear.item_bytes for each, linear in zip(rows, linears, strict=True))
         held = max(waiting, own)
-        if workers > 1 and method.statistic is not None:
+        if workers > 1 and job.sums:
             held += (workers + 1) * BAND_BYTES
         if job.near:
             solution += _messages_bytes([linear for linears in stage for linear in linears], workers)

@@ -148,7 +148,7 @@ def _arrange_with(
     short: dict[str, int] = {}
     on_cpu = job.recipe.device == "cpu"
     for facts in blocks:
-        kind = facts.kind(job.recipe)
+        kind = facts.kind(job)
         if kind not in chosen:
             options = []
             misses: dict[str, int] = {}
@@ -250,7 +250,7 @@ def _extra_seconds(job: Job, facts: BlockWork, placement: Placement, workers: in
         forward = job.streams * facts.forward_flops(samples * (job.recipe.seqlen or 0))
         again = len(waiting) / 2 if job.recipe.fit == "lockstep" else max(0, len(waiting) - 1)
         seconds += again * forward / rates.flops
-    if placement.statistics != "device" and job.method.statistic is not None:
+    if placement.statistics != "device" and job.sums:
         partitions = -(-job.partitions // workers)
         sizes = sizes_bytes(job, facts, list(facts.groups.values()))
         seconds += 2 * max(0, partitions - 1) * sizes * parked[placement.statistics]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from billhook.layerworkers.methods import method_named
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.allocation import UNIFORM
 from billhook.orchestrator.layout import Linear
@@ -41,6 +40,8 @@ def _what(plan: Plan) -> Iterator[Row]:
     yield "", f"{len(blocks)} blocks, {gibibytes(checkpoint.size_bytes)} in {len(checkpoint.shards)} shard(s)"
     sparsity = f"sparsity {float(request.pattern.sparsity):g}"
     yield "method", f"{recipe.method}, pattern {request.pattern}, {sparsity}{_allocated(request)}"
+    for regex, method in recipe.methods.items():
+        yield "", f"{method} for {regex}"
     yield "prunes", f"{len(chosen)} linears, {weights:,} weights: {', '.join(_kinds(chosen))}"
     if experts := [block.experts for block in blocks if block.experts]:
         yield "experts", f"{max(experts)} in {len(experts)} block(s), {_fitted(request)}"
@@ -144,7 +145,7 @@ def _fitted(request: Request) -> str:
     recipe, fallback = request.recipe, request.recipe.expert_fallback
     if fallback == "pool" and not request.model.skeleton.can_pool:
         fallback = "magnitude"
-    if method_named(recipe.method).statistic is None:
+    if not request.samples:
         return "each by itself"
     if recipe.route == "all":
         return "each fitted to all tokens"

@@ -30,8 +30,7 @@ def plan_warnings(plan: Plan) -> tuple[str, ...]:
 
 def _calibration(plan: Plan) -> Iterator[str]:
     request, recipe = plan.request, plan.request.recipe
-    statistic = request.method.statistic
-    if statistic is None:
+    if not request.samples:
         return
     if recipe.calibration is None:
         yield f"--calibration is not given: prune needs it for {recipe.method}"
@@ -40,13 +39,14 @@ def _calibration(plan: Plan) -> Iterator[str]:
     tokens = request.samples * (recipe.seqlen or 0)
     if tokens < TINY_TOKENS:
         yield f"a tiny calibration of {tokens} tokens: 128 samples of 2048 are usual"
-    if statistic.dimensions < 2:
-        return
     ratios = {
         (linear.kind, linear.shape[1]): tokens * block.groups[linear.group].share / linear.shape[1]
         for block, linears in zip(request.model.layout.blocks, request.linears, strict=True)
         for linear in linears
+        if (statistic := request.solver_of(linear).method.statistic) is not None and statistic.dimensions == 2
     }
+    if not ratios:
+        return
     kind, channels = min(ratios, key=lambda each: ratios[each])
     per_channel = ratios[kind, channels]
     if per_channel < FEW_TOKENS_PER_CHANNEL:

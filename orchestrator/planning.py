@@ -98,14 +98,17 @@ class Plan:
         """
         request = self.request
         recipe, blocks = request.recipe, request.model.layout.blocks
-        options = request.method.options(**request.options)
         return BlockTask(
             index,
             blocks[index].tensors,
             blocks[index].others,
             tuple(
                 LinearTask(
-                    *(linear.disk_name, linear.name, request.pattern_of(linear), recipe.method, options),
+                    linear.disk_name,
+                    linear.name,
+                    request.pattern_of(linear),
+                    request.solver_of(linear).method.name,
+                    request.solver_of(linear).options,
                     0.0 if blocks[index].groups[linear.group].experts else recipe.correction or 0.0,
                 )
                 for linear in request.linears[index]
@@ -270,6 +273,7 @@ def _job(request: Request, resources: Resources, supposed: Supposition) -> Job:
     return Job(
         *(request.recipe, request.method, options, request.pattern, request.samples, near, supposed.bandwidth_bytes),
         beside_bytes=DASHBOARD_BYTES if resources.dashboard else 0,
+        others=request.others,
     )
 
 

@@ -38,6 +38,11 @@ class Recipe(BaseModel):
         default_factory=dict, description="The allocator's own options, as spread=0.1."
     )
     options: dict[str, Value] = Field(default_factory=dict, description="The method's own options, as damping=0.01.")
+    methods: dict[str, str] = Field(
+        default_factory=dict,
+        description="Other methods, for the linears in whose name on disk a regex is found, as 'mlp=sparsegpt'; of "
+        "several the first that is.",
+    )
     calibration: str | None = Field(
         None, description="Text file, JSONL file, Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or 'random'."
     )
@@ -190,6 +195,7 @@ class RunOptions(TypedDict, total=False):
     allocation: str
     allocation_options: dict[str, Value]
     options: dict[str, Value]
+    methods: dict[str, str]
     calibration: str | None
     field: str
     samples: int
@@ -280,17 +286,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise OptionError(f"--recipe {path}: expected a mapping of option names to values")
     return {key.replace("-", "_"): value for key, value in content.items()}
-
-
-def method_options(method: str, options: dict[str, Value]) -> dict[str, Any]:
-    """Check a method's name and its options; return all of them, defaults included.
-
-    Raises:
-        InputError: for an unknown method or option, or a value of the wrong kind or range.
-    """
-    from billhook.layerworkers.methods import method_named
-
-    return dataclasses.asdict(checked_options("--set", method, method_named(method).options, options))
 
 
 def checked_options(flag: str, owner: str, kind_of_options: type[Any], options: dict[str, Value]) -> Any:

@@ -13,10 +13,10 @@ import numpy as np
 
 from billhook.layerworkers.errors import OptionError, UnsupportedModelError
 from billhook.layerworkers.machine import library_versions, machine_facts
-from billhook.layerworkers.methods import Method, method_named
+from billhook.layerworkers.methods import Method, Solver, method_named
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured, parse_pattern
-from billhook.layerworkers.statistics import GRAM
+from billhook.layerworkers.statistics import GRAM, covering
 from billhook.orchestrator.allocation import (
     ALLOCATORS,
     UNIFORM,
@@ -32,7 +32,7 @@ from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, open_model
 from billhook.orchestrator.paths import user_path
-from billhook.orchestrator.recipe import Recipe, Value, checked_options, method_options
+from billhook.orchestrator.recipe import Recipe, Value, checked_options
 
 DATA_KEYS = (
     *("field", "samples", "seqlen", "seed", "bos", "fit", "correction", "partition_samples"),
@@ -56,11 +56,17 @@ class Request:
     """Linears in blocks that include and exclude leave dense."""
     allocation: Allocation | None
     """None: every linear loses the same share; or what each loses takes more than shapes to say."""
+    others: dict[str, Solver] = dataclasses.field(default_factory=dict)
+    """What solves the linears that another method than the recipe's is for, by their names on disk."""
 
     @property
     def method(self) -> Method:
         """The pruning method."""
         return method_named(self.recipe.method)
+
+    def solver_of(self, linear: Linear) -> Solver:
+        """Return what one of the linears is solved by."""
+        return self.others.get(linear.disk_name) or Solver(self.method, self.method.options(**self.options))
 
     def pattern_of(self, linear: Linear) -> Pattern:
         """Return what one of the linears loses."""
@@ -81,7 +87,8 @@ class Request:
     @property
     def samples(self) -> int:
         """Calibration samples; 0 for methods that need none."""
-        return self.recipe.samples if self.method.statistic is not None else 0
+        methods = [self.method, *(solver.method for solver in self.others.values())]
+        return self.recipe.samples if any(method.statistic is not None for method in methods) else 0
 
     @property
     def partitions(self) -> int:
@@ -102,6 +109,8 @@ class Request:
         """Return everything that the bytes of the output depend on, as plain JSON values."""
         recipe = self.recipe.model_dump(mode="json")
         recipe["options"] = self.options
+        options = {each.method.name: dataclasses.asdict(each.options) for each in self.others.values()}
+        recipe["methods"] = {regex: [name, options.get(name)] for regex, name in self.recipe.methods.items()}
         recipe["allocation_options"] = {}
         if self.recipe.allocation in ALLOCATORS:
             options = allocator_options(self.recipe.allocation, self.recipe.allocation_options)
@@ -129,7 +138,8 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     Raises:
         InputError: for anything wrong with the model or the recipe.
     """
-    options = method_options(recipe.method, recipe.options)
+    solvers = _solvers(recipe)
+    options = dataclasses.asdict(solvers[recipe.method].options)
     pattern = parse_pattern(recipe.pattern, recipe.sparsity)
     asked_sparsity, route_all = recipe.sparsity, recipe.route == "all"
     opened = open_model(
@@ -151,11 +161,73 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     )
     chosen, skipped = _choose(opened.layout, recipe, opened.checkpoint.folder)
     _check_widths(chosen, pattern)
+    others = {
+        linear.disk_name: solvers[method]
+        for linears in chosen
+        for linear in linears
+        if (method := _method_of(recipe, linear)) != recipe.method
+    }
+    _check_methods(recipe, chosen)
     allocation = _allocation(recipe, pattern, chosen, asked_sparsity)
     if allocation is not None and asked_sparsity is None:
         pattern = Unstructured(allocation.sparsity)
         recipe = recipe.model_copy(update={"sparsity": float(pattern.sparsity)})
-    return Request(opened, recipe, pattern, options, chosen, skipped, allocation)
+    return Request(opened, recipe, pattern, options, chosen, skipped, allocation, others)
+
+
+def _solvers(recipe: Recipe) -> dict[str, Solver]:
+    """Return the methods that the recipe names, each with those of the recipe's options that it has.
+
+    Raises:
+        OptionError: for an unknown method, an option that none of them has, or a value of the wrong kind or range.
+    """
+    _compile("--method-for", tuple(recipe.methods))
+    kinds = {name: method_named(name) for name in (recipe.method, *recipe.methods.values())}
+    fields = {name: {field.name for field in dataclasses.fields(kind.options)} for name, kind in kinds.items()}
+    known = set[str]().union(*fields.values())
+    return {
+        name: Solver(
+            kind,
+            checked_options(
+                *("--set", name, kind.options),
+                {key: value for key, value in recipe.options.items() if key in fields[name] or key not in known},
+            ),
+        )
+        for name, kind in kinds.items()
+    }
+
+
+def _method_of(recipe: Recipe, linear: Linear) -> str:
+    """Return the name of the method that a linear is solved by."""
+    found = (method for regex, method in recipe.methods.items() if re.search(regex, linear.disk_name))
+    return next(found, recipe.method)
+
+
+def _check_methods(recipe: Recipe, chosen: tuple[tuple[Linear, ...], ...]) -> None:
+    """Check that every regex for a method finds a linear, and that those with one input ask for one statistic.
+
+    Raises:
+        OptionError: where not.
+    """
+    names = [linear.disk_name for linears in chosen for linear in linears]
+    for regex in _compile("--method-for", tuple(recipe.methods)):
+        if not any(regex.search(name) for name in names):
+            raise OptionError(
+                f"--method-for {regex.pattern}: matches none of the {len(names)} linears to prune, whose names are "
+                f"like {names[0]}"
+            )
+    for linears in chosen:
+        inputs: dict[int, list[Linear]] = {}
+        for linear in linears:
+            inputs.setdefault(linear.group, []).append(linear)
+        for together in inputs.values():
+            methods = dict.fromkeys(_method_of(recipe, linear) for linear in together)
+            asked = [statistic for name in methods if (statistic := method_named(name).statistic) is not None]
+            if asked and covering(asked) is None:
+                raise OptionError(
+                    f"--method-for: {', '.join(linear.disk_name for linear in together)} have one input, of which "
+                    f"{' and '.join(methods)} ask for different statistics; give them methods that go together"
+                )
 
 
 def _correction(recipe: Recipe) -> float:
@@ -167,18 +239,20 @@ def _correction(recipe: Recipe) -> float:
     method = method_named(recipe.method)
     if not (share := method.correction if recipe.correction is None else recipe.correction):
         return 0.0
+    names = (recipe.method, *recipe.methods.values())
     flag = f"--correction {share:g}"
     if (method.fit if recipe.fit == "auto" else recipe.fit) != "lockstep":
         raise OptionError(
             f"{flag}: what is fitted to the dense block sees no error of earlier linears; use --fit lockstep, or "
             "--correction 0"
         )
-    if method.statistic is None or not GRAM.covers(method.statistic):
-        needs = "no calibration" if method.statistic is None else method.statistic.name
-        raise OptionError(
-            f"{flag}: needs the Gram matrix of the inputs, which does not give what --method {recipe.method} asks for "
-            f"({needs}); leave --correction out, or choose another method"
-        )
+    for name, statistic in ((name, method_named(name).statistic) for name in names):
+        if statistic is None or not GRAM.covers(statistic):
+            needs = "no calibration" if statistic is None else statistic.name
+            raise OptionError(
+                f"{flag}: needs the Gram matrix of the inputs, which does not give what the method {name} asks for "
+                f"({needs}); say --correction 0, or choose another method"
+            )
     return share
 
 
@@ -197,7 +271,7 @@ def _allocation(
     if user_path(recipe.allocation).is_file():
         if recipe.allocation_options:
             raise OptionError(f"--set-allocation: the file {recipe.allocation} has no options")
-        found = read_allocation(recipe.allocation, matrices_of(recipe.method, chosen))
+        found = read_allocation(recipe.allocation, matrices_of(recipe, chosen))
         if asked_sparsity is not None and abs(float(found.sparsity) - asked_sparsity) > 1e-3:
             raise OptionError(
                 f"--sparsity {asked_sparsity} contradicts --allocation {recipe.allocation}, which removes "
@@ -226,18 +300,18 @@ def allocation_of(
     def unknown(*_: object) -> Any:
         raise AssertionError(f"{recipe.allocation} looks at what it does not declare")
 
-    evidence = Evidence(
-        matrices_of(recipe.method, chosen), histograms or unknown, spectra or unknown, scores or unknown
-    )
+    evidence = Evidence(matrices_of(recipe, chosen), histograms or unknown, spectra or unknown, scores or unknown)
     options = allocator_options(recipe.allocation, recipe.allocation_options)
     return allocated(recipe.allocation, options, evidence, pattern.sparsity)
 
 
-def matrices_of(method: str, chosen: tuple[tuple[Linear, ...], ...]) -> list[Matrix]:
-    """Return the weights to be pruned, with the steps in which the method takes entries of them."""
-    within_rows = method_named(method).within_rows
-    linears = [linear for block in chosen for linear in block]
-    return [Matrix(linear.disk_name, *linear.shape, linear.shape[0] if within_rows else 1) for linear in linears]
+def matrices_of(recipe: Recipe, chosen: tuple[tuple[Linear, ...], ...]) -> list[Matrix]:
+    """Return the weights to be pruned, with the steps in which their methods take entries of them."""
+
+    def step(linear: Linear) -> int:
+        return linear.shape[0] if method_named(_method_of(recipe, linear)).within_rows else 1
+
+    return [Matrix(linear.disk_name, *linear.shape, step(linear)) for linears in chosen for linear in linears]
 
 
 def allocator_options(name: str, given: dict[str, Value]) -> Any:

@@ -77,7 +77,7 @@ class _Flops:
 
 
 def _flops(job: Job, facts: BlockWork) -> _Flops:
-    recipe, method = job.recipe, job.method
+    recipe = job.recipe
     tokens, on_gpu = job.samples * (recipe.seqlen or 0), recipe.device != "cpu"
     inputs = [
         (linears[0], job.statistic(facts, linears), job.shared(facts, linears)) for linears in facts.groups.values()
@@ -90,7 +90,7 @@ def _flops(job: Job, facts: BlockWork) -> _Flops:
             if statistic is not None
         ),
         sum(shared.flops for _, _, shared in inputs),
-        sum(method.flops(*linear.shape, job.options) for linear in facts.linears),
+        sum(job.work(linear).flops for linear in facts.linears),
     )
 
 
@@ -122,7 +122,8 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         shares = share_out_stage(works, shared, workers, partition_rows, job.pace)
         for linears, work, common, ranges_of in zip(stage, works, shared, shares, strict=True):
             for linear, each, ranges in zip(linears, work, ranges_of, strict=True):
-                launching = job.method.launches(linear.shape[1], job.options) * rates.launch_seconds
+                solver = job.solver(linear)
+                launching = solver.method.launches(linear.shape[1], solver.options) * rates.launch_seconds
                 for rank, (start, stop) in enumerate(ranges):
                     if start < stop:
                         seconds[rank] += each.flops * (stop - start) / each.rows / rates.float32_flops + launching
@@ -135,16 +136,15 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
             *(
                 matrices,
                 [job.statistic(facts, linears) for linears in stage],
-                job.method,
+                [[job.solver(linear) for linear in linears] for linears in stage],
                 job.pattern,
-                job.options,
                 job.partitions,
                 partition_rows,
                 workers,
             ),
             job.pace,
         )
-    if workers > 1 and job.method.statistic is not None:
+    if workers > 1 and job.sums:
         traffic += Traffic(0, 0, facts.routings)
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
     return BlockTime(

@@ -20,7 +20,7 @@ from billhook.layerworkers.methods.admm import ADMM
 from billhook.layerworkers.methods.alps import ALPS
 from billhook.layerworkers.methods.auto import AUTO
 from billhook.layerworkers.methods.chain import chain
-from billhook.layerworkers.methods.contract import Method, Refinement, Solution
+from billhook.layerworkers.methods.contract import Method, Refinement, Solution, Solver
 from billhook.layerworkers.methods.dsnot import DSNOT
 from billhook.layerworkers.methods.iht import IHT
 from billhook.layerworkers.methods.magnitude import MAGNITUDE
@@ -80,4 +80,4 @@ def method_named(name: str) -> Method:
     return chain(METHODS[first], [REFINEMENTS[other] for other in others]) if others else METHODS[first]
 
 
-__all__ = ["METHODS", "REFINEMENTS", "Method", "Refinement", "Solution", "method_named"]
+__all__ = ["METHODS", "REFINEMENTS", "Method", "Refinement", "Solution", "Solver", "method_named"]

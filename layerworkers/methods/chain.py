@@ -13,7 +13,7 @@ from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Method, Refinement, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
-from billhook.layerworkers.statistics import Statistic
+from billhook.layerworkers.statistics import Statistic, covering
 
 
 def chain(first: Method, refinements: Sequence[Refinement]) -> Method:
@@ -86,9 +86,8 @@ def _options(parts: Sequence[Method | Refinement]) -> type[Any]:
 
 
 def _covering(name: str, statistics: Sequence[Statistic]) -> Statistic | None:
-    for each in statistics:
-        if all(each.covers(other) for other in statistics):
-            return each
+    if (found := covering(statistics)) is not None:
+        return found
     if statistics:
         needs = ", ".join(dict.fromkeys(each.name for each in statistics))
         raise OptionError(f"--method {name}: its parts need different statistics ({needs}), and none gives them all")

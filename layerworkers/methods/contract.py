@@ -70,6 +70,15 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Solver:
+    """What a linear is solved by."""
+
+    method: Method
+    options: Any
+    """The method's own."""
+
+
+@dataclass(frozen=True)
 class Refinement:
     """What can be done to the result of a method: one row of the table of refinements.
 

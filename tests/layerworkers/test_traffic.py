@@ -10,20 +10,27 @@ import pytest
 import torch
 
 from billhook.layerworkers.collective import Counted
-from billhook.layerworkers.methods import METHODS, method_named
+from billhook.layerworkers.methods import METHODS, Method, Solver, method_named
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured
 from billhook.layerworkers.reduction import Node, even_ranges, fold, node_count
 from billhook.layerworkers.sharing import Pace
 from billhook.layerworkers.solving import Together, solve_stage
-from billhook.layerworkers.statistics import Accumulator
+from billhook.layerworkers.statistics import Accumulator, Statistic, with_deviations
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import BlockTask, LinearTask
-from billhook.layerworkers.traffic import Matrix, stage_traffic
+from billhook.layerworkers.traffic import Matrix, Traffic, stage_traffic
 
 PARTITIONS, COLUMNS = 7, 300
-EACH_KIND = ["magnitude", "wanda", "sparsegpt", "thanos", "net-trim", "admm", "alps", "wanda+dsnot", "sparsegpt+swaps"]
-"""Methods that move all there is to be moved: every form of a statistic, thresholds and counts."""
+EACH_KIND = [
+    *("magnitude", "wanda", "sparsegpt", "thanos", "net-trim", "admm", "alps", "wanda+dsnot", "sparsegpt+swaps"),
+    "auto",
+]
+"""Methods that move all there is to be moved: every form of a statistic, thresholds, counts, and a correction."""
 ROWS = {"q": 96, "k": 40, "v": 33}
+
+
+def statistic_of(method: Method) -> Statistic | None:
+    return with_deviations(COLUMNS) if method.correction else method.statistic
 
 
 def moved(
@@ -34,7 +41,8 @@ def moved(
     torch.manual_seed(0)
     weights = {name: torch.randn(rows, COLUMNS).bfloat16() for name, rows in ROWS.items()}
     inputs = torch.randn(PARTITIONS, 400, COLUMNS)
-    linears = tuple(LinearTask(name, name, pattern, method, table.options()) for name in weights)
+    linears = tuple(LinearTask(name, name, pattern, method, table.options(), table.correction) for name in weights)
+    summed = statistic_of(table)
     task = BlockTask(
         *(0, (), (), linears, "lockstep", "", 1, PARTITIONS if table.statistic else 0, 16),
         pace=pace,
@@ -45,12 +53,12 @@ def moved(
         together = []
         for members in [[linear] for linear in linears] if apart else [linears]:
             nodes: list[Node] = []
-            if table.statistic is not None:
-                accumulator = Accumulator(table.statistic, COLUMNS, 1, torch.device("cpu"))
+            if summed is not None:
+                accumulator = Accumulator(summed, COLUMNS, 1, torch.device("cpu"))
                 for number in range(*even_ranges(PARTITIONS, workers)[group.rank]):
-                    accumulator.add(number, inputs[number])
+                    accumulator.add(number, inputs[number], 0.1 * inputs[number] if summed.deviations else None)
                 nodes = accumulator.nodes()
-            together.append(Together(members, nodes))
+            together.append(Together(members, nodes, summed))
         own = {name: weight.clone() for name, weight in weights.items()}
         watch = Stopwatch()
         counted = Counted(group, counts.append, watch)
@@ -59,6 +67,13 @@ def moved(
 
     result: list[list[int]] = run_group(workers, work)
     return result
+
+
+def predict(
+    stage: list[list[Matrix]], method: Method, pattern: Pattern, partitions: int, workers: int, pace: Pace
+) -> Traffic:
+    solvers = [[Solver(method, method.options())] * len(group) for group in stage]
+    return stage_traffic(stage, [statistic_of(method)] * len(stage), solvers, pattern, partitions, 16, workers, pace)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +97,7 @@ def test_predicted_and_measured_bytes_agree(
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     stage = [[matrix] for matrix in matrices] if ways == "apart" else [matrices]
     partitions = PARTITIONS if table.statistic else 0
-    predicted = stage_traffic(stage, table, pattern, table.options(), partitions, 16, workers, pace)
+    predicted = predict(stage, table, pattern, partitions, workers, pace)
     counts = moved(run_group, workers, method, pattern, pace, ways == "apart")
     measured = sum(map(sum, counts))
     if table.adaptive:  # what is predicted is the most
@@ -97,14 +112,14 @@ def test_predicted_and_measured_bytes_agree(
 def test_nothing_moves_between_one_worker(run_group: Any) -> None:
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     table, pattern = METHODS["sparsegpt"], Unstructured(Fraction(1, 2))
-    predicted = stage_traffic([matrices], table, pattern, table.options(), PARTITIONS, 16, 1, Pace())
+    predicted = predict([matrices], table, pattern, PARTITIONS, 1, Pace())
     assert predicted.moved_bytes == sum(map(sum, moved(run_group, 1, "sparsegpt", pattern, Pace()))) == 0
 
 
 def test_nothing_moves_twice_for_rows_that_are_left_alone(run_group: Any) -> None:
     matrices = [Matrix(rows, COLUMNS, 2) for rows in ROWS.values()]
     table, pattern = METHODS["wanda"], Unstructured(Fraction(0))
-    predicted = stage_traffic([matrices], table, pattern, table.options(), PARTITIONS, 16, 3, Pace())
+    predicted = predict([matrices], table, pattern, PARTITIONS, 3, Pace())
     assert predicted.moved_bytes == sum(map(sum, moved(run_group, 3, "wanda", pattern, Pace())))
 
 

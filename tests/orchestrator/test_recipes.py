@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import jsonschema
 import pytest
 import yaml
 
-from billhook.layerworkers.methods import METHODS, REFINEMENTS
+from billhook.layerworkers.methods import METHODS, REFINEMENTS, method_named
 from billhook.orchestrator import InputError, plan
 from billhook.orchestrator.cli import SETTERS, app
 from billhook.orchestrator.devices import DEVICES
-from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, method_options, read_options
+from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, checked_options, read_options
 from billhook.orchestrator.recipe_schema import recipe_schema
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,7 @@ def test_the_schema_refuses_what_the_code_refuses(
     [
         {},
         {"method": "wanda+swaps+refit", "options": {"refit_steps": 3, "ridge": 0.2, "swaps": 1}},
+        {"method": "auto", "methods": {"mlp": "wanda"}, "correction": 0.25},
         {"method": "sparsegpt", "pattern": "4:8", "options": {"damping": 0.1, "block": 64}},
         {"sparsity": None, "ram": "1.5 GiB", "vram": 2 << 30, "workers": 3, "keep_inputs": "never"},
         {"include": "q_proj", "exclude": ["a", "b"], "allocation": "owl", "allocation_options": {"spread": 0.1}},
@@ -94,7 +96,7 @@ def test_the_schema_takes_what_the_code_takes(content: dict[str, Any], validator
     validator.validate(content)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     recipe, _ = read_options(tmp_path / "recipe.yaml", {})
-    method_options(recipe.method, recipe.options)
+    checked_options("--set", recipe.method, method_named(recipe.method).options, recipe.options)
 
 
 def test_the_schema_knows_every_key_and_every_option() -> None:
@@ -102,11 +104,12 @@ def test_the_schema_knows_every_key_and_every_option() -> None:
     assert set(properties) == {*Recipe.model_fields, *Resources.model_fields} == set(RunOptions.__annotations__)
     assert all(each["description"] for each in properties.values())
     for name in [*METHODS, *(f"wanda+{refinement}" for refinement in REFINEMENTS)]:
-        assert set(method_options(name, {})) <= set(properties["options"]["properties"])
+        options = {field.name for field in dataclasses.fields(method_named(name).options)}
+        assert options <= set(properties["options"]["properties"])
 
 
 def test_an_option_has_one_name_everywhere() -> None:
-    """But for the two mappings, which the command line takes an entry at a time."""
+    """But for the mappings, which the command line takes an entry at a time."""
     import typer
 
     group: Any = typer.main.get_command(app)
@@ -114,7 +117,7 @@ def test_an_option_has_one_name_everywhere() -> None:
     for key in RunOptions.__annotations__:
         expected = SETTERS.get(key, f"--{key.replace('_', '-')}")
         assert flags[key] == [expected]
-    assert set(SETTERS) == {"options", "allocation_options"}
+    assert set(SETTERS) == {"options", "allocation_options", "methods"}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,10 @@ def test_an_option_has_one_name_everywhere() -> None:
     [
         ("metod: wanda", r"option 'metod' is unknown \(did you mean 'method'\?\)"),
         ("expert-token: 1", r"option 'expert_token' is unknown \(did you mean 'expert_tokens'\?\)"),
-        ("options: {dampin: 1}", r"--set dampin: sparsegpt has no such option \(did you mean 'damping'\?\)"),
+        (
+            "{method: sparsegpt, options: {dampin: 1}}",
+            r"--set dampin: sparsegpt has no such option \(did you mean 'damping'\?\)",
+        ),
         ("{allocation: owl, allocation_options: {spred: 1}}", r"no such option \(did you mean 'spread'\?\)"),
         ("method: wandas", r"--method wandas: unknown \(did you mean 'wanda'\?\)"),
         ("method: wanda+refits", r"'refits' cannot follow a method \(did you mean 'refit'\?\)"),
