@@ -104,7 +104,7 @@ def test_the_bytes_are_the_same_however_the_work_is_shared_out(
 
 def test_experts_can_be_fitted_to_all_tokens(make_model: Any, text_file: Path, tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", **EXPERTS["qwen3_moe"])
-    options: dict[str, Any] = {"calibration": str(text_file), "route": "all", "workers": 1, **SMALL}
+    options: dict[str, Any] = {"method": "sparsegpt", "calibration": str(text_file), "route": "all", "workers": 1, **SMALL}
     shared = {
         linear.group for linear in plan(folder, **options).request.linears[0] if linear.name.endswith("gate_proj")
     }
@@ -121,7 +121,8 @@ def test_experts_that_are_stacked_transposed_keep_their_pattern_along_the_inputs
     make_model: Any, text_file: Path, tmp_path: Path
 ) -> None:
     folder = make_model("gpt_oss", **EXPERTS["gpt_oss"])
-    out = prune(folder, tmp_path / "out", pattern="2:4", calibration=str(text_file), workers=1, **SMALL).output
+    asked: dict[str, Any] = {"method": "sparsegpt", "pattern": "2:4", "calibration": str(text_file), **SMALL}
+    out = prune(folder, tmp_path / "out", workers=1, **asked).output
     assert verify(out, against=folder).ok
     name = "model.layers.0.mlp.experts.down_proj"
     weight_EIO = tensors_of(out)[name]
@@ -142,7 +143,7 @@ def test_the_plan_tells_of_experts(sparse_routing: Path) -> None:
 
 
 def test_a_budget_makes_experts_be_done_in_groups(sparse_routing: Path, text_file: Path) -> None:
-    options: dict[str, Any] = {"calibration": str(text_file), "workers": 1, **SMALL}
+    options: dict[str, Any] = {"method": "sparsegpt", "calibration": str(text_file), "workers": 1, **SMALL}
     whole = plan(sparse_routing, **options)
     assert {each.experts_at_once for each in whole.arrangement.placements} == {0}
     within = plan(sparse_routing, **options, vram=whole.arrangement.peak.device - (1 << 20))

@@ -35,7 +35,7 @@ from billhook.orchestrator.request import make_request
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-CALIBRATION: dict[str, Any] = {"samples": 10, "seqlen": 32, "partition_rows": 32, "workers": 1}
+CALIBRATION: dict[str, Any] = {"method": "sparsegpt", "samples": 10, "seqlen": 32, "partition_rows": 32, "workers": 1}
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -175,7 +175,7 @@ def test_from_a_block_on_with_other_settings_equals_a_run_that_used_them_there(
     """The reference: workers that are told block by block what each of the two plans says."""
     output, expected = tmp_path / "out", tmp_path / "expected"
     shutil.copytree(whole, output)
-    other: dict[str, Any] = {"calibration": str(text_file), "method": "wanda", "sparsity": 0.7, **CALIBRATION}
+    other: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "method": "wanda", "sparsity": 0.7}
     steps = Steps()
     branched = prune(llama5, output, from_block=3, progress=steps, **other)
     assert steps == [("replay", 1), ("replay", 2), ("replay", 3), ("prune", 4), ("prune", 5)]

@@ -33,7 +33,7 @@ from billhook.orchestrator.request import make_request
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32}
+CALIBRATION: dict[str, Any] = {"method": "sparsegpt", "samples": 18, "seqlen": 32, "partition_rows": 32}
 """Five partitions of four samples, the last one short; several row partitions in every linear."""
 
 
@@ -79,7 +79,7 @@ def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
     llama = make_model(num_hidden_layers=2)
     plans, written = {}, dict[int, dict[str, bytes]]()
     for method, pattern in itertools.product(["wanda", "sparsegpt", "admm"], ["unstructured", "2:4"]):
-        options: Any = {"method": method, "pattern": pattern, "calibration": str(text_file), **CALIBRATION}
+        options: Any = {**CALIBRATION, "method": method, "pattern": pattern, "calibration": str(text_file)}
         recipe, resources = read_options(None, {**options, "workers": 1})
         plans[method, pattern] = make_plan(make_request(llama, recipe), resources)
     model = plans["wanda", "2:4"].request.model
