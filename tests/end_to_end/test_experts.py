@@ -104,7 +104,13 @@ def test_the_bytes_are_the_same_however_the_work_is_shared_out(
 
 def test_experts_can_be_fitted_to_all_tokens(make_model: Any, text_file: Path, tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", **EXPERTS["qwen3_moe"])
-    options: dict[str, Any] = {"method": "sparsegpt", "calibration": str(text_file), "route": "all", "workers": 1, **SMALL}
+    options: dict[str, Any] = {
+        "method": "sparsegpt",
+        "calibration": str(text_file),
+        "route": "all",
+        "workers": 1,
+        **SMALL,
+    }
     shared = {
         linear.group for linear in plan(folder, **options).request.linears[0] if linear.name.endswith("gate_proj")
     }

@@ -55,7 +55,7 @@ def test_the_page_is_short_and_tells_what_is_pruned_skipped_and_taken(shape_of_8
 def test_details_are_there_when_asked_for(shape_of_8b: Path) -> None:
     made = planned(shape_of_8b)
     page, details = plan_as_text(made), plan_as_text(made, details=True)
-    for told in ("damping=0.01", "phases", "intermediates hold", "elsewhere", "FLOP"):
+    for told in ("ridge=0.1", "phases", "intermediates hold", "elsewhere", "FLOP"):
         assert told in details
         assert told not in page
     assert set(page.splitlines()[:-1]) < set(details.splitlines())
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_said_on_the_page(shape_of_8b: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "warning"),
     [
-        ({"calibration": None}, "--calibration is not given: prune needs it for sparsegpt"),
+        ({"calibration": None}, "--calibration is not given: prune needs it for auto"),
         ({"calibration": "random"}, "random tokens tell nothing of text"),
         ({"samples": 4, "seqlen": 512}, "a tiny calibration of 2048 tokens"),
         ({"samples": 4}, "0.57 tokens for each of the 14336 channels that enter mlp.down_proj"),

@@ -73,7 +73,7 @@ def test_a_finished_run_has_its_report(out: Path, llama: Path, text_file: Path) 
     assert f"4 samples of 32 tokens from {text_file}, seed 0" in page.text
     assert "8.00 GiB allowed" in page.text
     assert "planned, 8.00 GiB" in page.text
-    assert f"billhook prune {llama} -o {out} --sparsity 0.5 --calibration {text_file}" in page.text
+    assert f"billhook prune {llama} -o {out} --method sparsegpt --sparsity 0.5 --calibration {text_file}" in page.text
     table, blocks = page.facts["tables"]
     assert len(table["rows"]) == 18
     assert [row[0] for row in blocks["rows"]] == [0, 1, 2]
