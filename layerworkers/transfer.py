@@ -24,14 +24,15 @@ class BlockReader:
         """output: a folder whose files are read through ``files``; empty: none is."""
         self._output, self._files = output, files
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._ahead: dict[str, Future[Tensor]] = {}
+        # A replayed block is read twice, dense and as it is in the output: the same names in other files.
+        self._ahead: dict[TensorEntry, Future[Tensor]] = {}
 
     def begin(self, tensors: Sequence[ModuleTensor], after: Future[None] | None = None) -> None:
         """Begin to read ``tensors``, in a thread, once ``after`` is done, successful or not."""
         if after is not None:
             self._thread.submit(wait, [after])
         for tensor in tensors:
-            self._ahead[tensor.entry.name] = self._thread.submit(read_finite, tensor.entry, self.bytes_of)
+            self._ahead[tensor.entry] = self._thread.submit(read_finite, tensor.entry, self.bytes_of)
 
     def read(self, entry: TensorEntry) -> Tensor:
         """Return a tensor in its dtype on disk, on the CPU.
@@ -40,7 +41,7 @@ class BlockReader:
             InputError: when it holds NaN or infinity.
             RunError: when the disk fails.
         """
-        ahead = self._ahead.pop(entry.name, None)
+        ahead = self._ahead.pop(entry, None)
         return read_finite(entry, self.bytes_of) if ahead is None else ahead.result()
 
     def bytes_of(self, path: str, start_bytes: int, size_bytes: int) -> Tensor:
