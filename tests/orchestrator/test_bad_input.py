@@ -266,6 +266,17 @@ OPTIONS = [
     option(f"{CALIBRATED} --method sparsegpt --set damping=0", r"damping=0\.0: expected a positive number"),
     option(f"{CALIBRATED} --method admm --set schedule=linear", r"schedule=linear: expected 'constant' or 'cubic'"),
     option(f"{CALIBRATED} --set damping", r"--set damping: expected NAME=VALUE"),
+    option(
+        f"{CALIBRATED} --method auto --fit dense-block", r"--correction 0\.5: what is fitted to the dense block sees"
+    ),
+    option(
+        f"{CALIBRATED} --correction 0.5 --fit dense-block", r"--correction 0\.5: what is fitted to the dense block sees"
+    ),
+    option(f"{CALIBRATED} --method wanda+dsnot --fit lockstep --correction 0.5", r"wanda\+dsnot asks for \(moments\)"),
+    option(f"{MAGNITUDE} --fit lockstep --correction 0.5", r"magnitude asks for \(no calibration\)"),
+    option(f"{CALIBRATED} --method sparsegpt --correction 1.5", r"option correction: .* found 1\.5"),
+    option(f"{CALIBRATED} --method sparsegpt --correction -0.1", r"option correction: .* found -0\.1"),
+    option(f"{CALIBRATED} --method sparsegpt --correction nan", r"option correction: .* found nan"),
     option(f"{CALIBRATED} --allocation erc", r"--allocation erc: neither a file nor an allocator \(did you mean 'erk'"),
     option(f"{CALIBRATED} --allocation erk --pattern 2:4", r"--allocation erk: the pattern 2:4 takes the same share"),
     option(f"{CALIBRATED} --allocation owl --set-allocation spread=0.6", r"spread=0\.6: expected a number between"),
