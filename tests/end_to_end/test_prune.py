@@ -63,12 +63,12 @@ TIERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "fit"), [("sparsegpt", "lockstep"), ("admm", "dense-block")])
+@pytest.mark.parametrize(("method", "fit"), [("auto", "lockstep"), ("admm", "dense-block")])
 def test_where_things_are_kept_changes_no_byte(
     llama: Path, text_file: Path, tmp_path: Path, whole: PruneResult, method: str, fit: Any
 ) -> None:
     options: dict[str, Any] = {"method": method, "fit": fit, "calibration": str(text_file), **CALIBRATION}
-    is_default = (method, fit) == ("sparsegpt", "lockstep")
+    is_default = (method, fit) == ("auto", "lockstep")
     held = whole if is_default else prune(llama, tmp_path / "held", workers=1, **options)
     reference = contents(held.output)
     for number, tiers in enumerate(TIERS):

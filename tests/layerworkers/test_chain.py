@@ -54,7 +54,7 @@ def test_a_chain_is_fitted_as_its_last_part_that_minds(name: str, fit: str) -> N
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wnada", r"--method wnada: unknown \(did you mean 'wanda'\?\); known are magnitude, "),
+        ("wnada", r"--method wnada: unknown \(did you mean 'wanda'\?\); known are auto, magnitude, "),
         ("refit", r"--method refit: unknown"),
         ("wanda+", r"'' cannot follow a method; what can is dsnot, "),
         ("wanda+sparsegpt", r"'sparsegpt' cannot follow a method"),
