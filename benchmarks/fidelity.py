@@ -66,7 +66,7 @@ METHODS = (
 )
 PATTERNS = (("unstructured", 0.5), ("unstructured", 0.6), ("unstructured", 0.7), ("2:4", None))
 CORRECTIONS = {"auto": (0.0, 0.25, 0.75, 1.0), "sparsegpt": (0.5,), "alps": (0.5,)}
-"""Other shares than the methods' own; what they make of it is in docs/decisions/0009-auto.md."""
+"""Other shares than the methods' own: see docs/decisions/0009-auto.md."""
 ROWS = (
     *REFERENCES,
     *(

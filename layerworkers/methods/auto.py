@@ -16,7 +16,7 @@ from billhook.layerworkers.methods import admm
 
 @dataclass(frozen=True)
 class Options(admm.Options):
-    """Those of ADMM; fewer iterations lose nothing here that could be measured."""
+    """Those of ADMM; with fewer iterations, so that a block takes less than three times SparseGPT's time."""
 
     iterations: int = 12
     reselections: int = 9
