@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -15,16 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Additions(TorchDispatchMode):
     """Notes, while it is entered, which sums a block makes of a linear's very output and another tensor.
 
-    What is scaled or normalised first is no such sum. A tensor is known by the first module that is given it.
+    What is scaled or normalised first is no such sum. A tensor is known by the first module that is given it, of those
+    that are given nothing else: what another sample would be found by must not be ambiguous.
     """
 
     def __init__(self, block: nn.Module, linears: Iterable[str]):
         super().__init__()
         self._block, self._linears = block, tuple(linears)
         self._alive: list[Tensor] = []  # an id is unique only while its tensor lives
-        self._seen_by: dict[int, tuple[int, str]] = {}
+        self._seen_by: defaultdict[int, list[tuple[int, str]]] = defaultdict(list)
         self._made_by: dict[int, str] = {}
         self._called: dict[str, int] = {}
+        self._calls: Counter[str] = Counter()
         self._added: dict[str, Tensor] = {}
         self._hooks = ExitStack()
 
@@ -63,16 +66,24 @@ class Additions(TorchDispatchMode):
 
     def residuals(self) -> dict[str, str]:
         """Return, by the linears whose output is added to something, the module that was given that before."""
-        known = {name: self._seen_by[id(added)] for name, added in self._added.items() if id(added) in self._seen_by}
-        return {name: module for name, (order, module) in known.items() if order < self._called[name]}
+        known = {
+            name: [
+                module
+                for order, module in self._seen_by.get(id(added), [])
+                if order < self._called[name] and self._calls[module] == 1
+            ]
+            for name, added in self._added.items()
+        }
+        return {name: modules[0] for name, modules in known.items() if modules}
 
     def _see(self, name: str, given: Sequence[Any]) -> None:
         order = len(self._called)
         self._called.setdefault(name, order)
+        self._calls[name] += 1
         for value in given[:1]:
             if isinstance(value, Tensor):
                 self._alive.append(value)
-                self._seen_by.setdefault(id(value), (order, name))
+                self._seen_by[id(value)].append((order, name))
 
     def _make(self, name: str, out: Any) -> None:
         if isinstance(out, Tensor):
