@@ -253,9 +253,16 @@ class WorkerPool:
 
         A block's report comes once all its tensors are on the disk; by then the next block is under way.
         """
+        return self._committed("prune_block", tasks)
+
+    def collect_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[BlockReport]:
+        """Write the statistics of blocks; see :meth:`BlockWorker.collect_block`, and :meth:`prune_blocks`."""
+        return self._committed("collect_block", tasks)
+
+    def _committed(self, method: str, tasks: Iterable[BlockTask]) -> Iterator[BlockReport]:
         before: BlockReport | None = None
         for task in tasks:
-            calls = self._submit("prune_block", task)
+            calls = self._submit(method, task)
             if before is not None:
                 if not self._reaches_disk(before.index, calls):
                     raise self._failure(calls)

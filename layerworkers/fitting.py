@@ -21,6 +21,7 @@ from billhook.layerworkers.lockstep import Arriving, DenseStream, run_lockstep, 
 from billhook.layerworkers.methods import method_named
 from billhook.layerworkers.reduction import Node, give_up
 from billhook.layerworkers.scratch import Parking
+from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.solving import Together
 from billhook.layerworkers.stages import Stage, in_stages
 from billhook.layerworkers.statistics import Accumulator, Statistic, covering, with_deviations
@@ -59,12 +60,14 @@ class BlockFit:
         self._at_once = {path: task.placement.experts_at_once or each.count for path, each in self._experts.items()}
         self._tokens: dict[str, list[int]] = {}
         self._starved: dict[str, frozenset[int]] = dict.fromkeys(self._experts, frozenset())
-        self._groups = [
-            chosen
-            for each in groups
-            if (chosen := replace(each, linears=tuple(name for name in each.linears if name in self._linears))).linears
-            or self._decides(each)
-        ]
+        self._groups: list[InputGroup] = []
+        self._collected: dict[InputGroup, TensorEntry] = {}
+        for each in groups:
+            chosen = replace(each, linears=tuple(name for name in each.linears if name in self._linears))
+            if chosen.linears or self._decides(each):
+                self._groups.append(chosen)
+            if chosen.linears and each.linears[0] in task.collected:
+                self._collected[chosen] = task.collected[each.linears[0]]
 
     def run(self, hidden: MutableSequence[Tensor], arguments: Arguments | None) -> None:
         """Prune the block and replace each sample's hidden state by the sparse block's output."""
@@ -76,6 +79,12 @@ class BlockFit:
         finally:
             for path, each in self._experts.items():
                 each.shown_all = shown_all[path]
+
+    def run_without_samples(self) -> None:
+        """Prune the block by what was collected of the inputs of its linears, or by nothing."""
+        for stage in in_stages(self._groups, self._at_once):
+            if stage[0].linears:
+                self._solve_stage(stage, {})
 
     def described(self, report: LinearReport, name: str, transposed: bool) -> LinearReport:
         """Return a linear's report with how it is stored, and what is known of the tokens that its expert is sent."""
@@ -188,7 +197,8 @@ class BlockFit:
                     continue
                 linears = [instead(linear, fallback) for linear in linears]
             statistic = self._statistic(group, linears)
-            together.append(Together(linears, sums.pop(group, []), statistic, bool(group.residual)))
+            nodes, collected = sums.pop(group, []), self._collected.get(group)
+            together.append(Together(linears, nodes, statistic, bool(group.residual), collected))
         if together:
             self._solve(together)
 

@@ -87,11 +87,11 @@ def observe_scores(
             disk_names[name]: torch.tensor(squares).sqrt().to(device) for name in each.linears if name in disk_names
         }
     dealt = list(norms)[group.rank :: group.size]
-    totals = _merged(group, {name: _total(weights[name], norms[name]) for name in dealt})
+    totals = _merged(group, {name: score_total(weights[name], norms[name]) for name in dealt})
     entries = sum(weights[name].numel() for name in totals)
     limit = multiple * math.fsum(totals[name] for name in norms) / max(entries, 1)
     facts = _merged(
-        group, {name: _facts(name, weights[name], norms[name], totals[name], limit, multiple) for name in dealt}
+        group, {name: score_facts(name, weights[name], norms[name], totals[name], limit, multiple) for name in dealt}
     )
     return [facts[name] for name in norms]
 
@@ -105,11 +105,17 @@ def _scores(weight: Tensor, norms_C: Tensor) -> Iterator[Tensor]:
         yield weight[start:stop].to(norms_C.device, torch.float32).abs_() * norms_C
 
 
-def _total(weight: Tensor, norms_C: Tensor) -> float:
+def score_total(weight: Tensor, norms_C: Tensor) -> float:
+    """Return the sum of a linear's scores, given its weight [R, C] and the 2-norms of its input channels."""
     return math.fsum(float(scores.sum(dtype=torch.float64)) for scores in _scores(weight, norms_C))
 
 
-def _facts(name: str, weight: Tensor, norms_C: Tensor, total: float, limit: float, multiple: float) -> ScoreFacts:
+def score_facts(name: str, weight: Tensor, norms_C: Tensor, total: float, limit: float, multiple: float) -> ScoreFacts:
+    """Return the facts of a linear's scores.
+
+    total: as :func:`score_total` has it. limit: above which scores are counted as those above a multiple of the block's
+    mean. multiple: of the linear's own mean.
+    """
     own_limit = multiple * total / max(weight.numel(), 1)
     above, above_own, counts = 0, 0, torch.zeros(LEVELS, dtype=torch.int64)
     for scores in _scores(weight, norms_C):

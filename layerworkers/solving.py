@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from billhook.kernels.products import row_partitions
+from billhook.layerworkers.collected import read_collected
 from billhook.layerworkers.collective import Collective, Rows, all_gather, gather_rows_
 from billhook.layerworkers.errors import BlockLostError, RunError
+from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.methods import Method, Solution, method_named
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, give_up, most_nodes, reduction_rounds, total
 from billhook.layerworkers.scratch import bands
+from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.sharing import is_local, share_out_stage, shared_of, work_of
 from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.stopwatch import Stopwatch
@@ -65,6 +68,8 @@ class Together:
     """What is summed at the input; None: nothing."""
     of_output: bool = False
     """Whether what deviates is that to which the output of the only linear is added, that included."""
+    collected: TensorEntry | None = None
+    """Where the statistic was collected before; there are no sums then."""
 
     @property
     def methods(self) -> list[Method]:
@@ -141,7 +146,11 @@ def _problem(
     columns = weights[together.linears[0].disk_name].shape[1]
     solvers = [rank for rank in range(group.size) if any(own[rank][0] < own[rank][1] for own in ranges)]
     reduced = None
-    if together.statistic is not None:
+    if together.statistic is not None and together.collected is not None:
+        if group.rank == solvers[0]:
+            with watch.part("files"):
+                reduced = read_collected(together.collected, together.statistic, columns, device, read_bytes)
+    elif together.statistic is not None:
         with watch.part("statistics"):
             reduced = sum_over_workers(
                 together.statistic, columns, together.nodes, task.partitions, group, solvers[0], device

@@ -32,20 +32,27 @@ class Statistic:
     """Vectors, one behind the other, that a statistic of one dimension is made of."""
     gives: frozenset[str] = frozenset()
     """Names of the other statistics that can be read off it."""
-    deviations: int = 0
-    """Rows below a matrix: ``D^T X``, where D holds so many values that deviate at each token."""
+    below: int = 0
+    """Rows below a matrix, each as wide as it."""
+    deviates: bool = False
+    """Whether these are ``D^T X``, where D holds so many values that deviate at each token."""
 
     def covers(self, other: Statistic) -> bool:
         """Whether it answers what the other does."""
         return other == self or other.name in self.gives
 
+    @property
+    def deviations(self) -> int:
+        """Values that deviate at each token; 0: none are counted."""
+        return self.below if self.deviates else 0
+
     def shape(self, columns: int) -> tuple[int, ...]:
         """Return the shape for an input of ``columns`` channels."""
-        return (columns + self.deviations, columns) if self.dimensions == 2 else (self.vectors * columns,)
+        return (columns + self.below, columns) if self.dimensions == 2 else (self.vectors * columns,)
 
     def add(self, total: Tensor, x_TC: Tensor, d_TK: Tensor | None) -> None:
         """Add one sample's share to ``total`` in place; its deviations where these are counted."""
-        if self.deviations:
+        if self.deviates:
             assert d_TK is not None
             add_cross_(total[x_TC.shape[1] :], d_TK, x_TC)
             total = total[: x_TC.shape[1]]
@@ -63,7 +70,7 @@ class Statistic:
         if self.dimensions == 1:
             return 2.0 * tokens * columns * self.vectors
         gram = float(tokens * columns) * (min(columns + BAND_ROWS, 2 * columns) if on_gpu else columns)
-        return gram + 2.0 * tokens * columns * self.deviations
+        return gram + 2.0 * tokens * columns * self.below
 
     def size_bytes(self, columns: int) -> int:
         """Return the bytes of one total."""
@@ -80,6 +87,22 @@ GRAM = Statistic("gram", 2, add_gram_, gives=frozenset({"column squares"}))
 """``X^T X`` over all tokens, lower triangle: [C, C]. Twice over the number of samples it is SparseGPT's Hessian."""
 
 
+def _add_gram_and_moments_(total: Tensor, x_TC: Tensor) -> None:
+    columns = x_TC.shape[1]
+    add_gram_(total[:columns], x_TC)
+    add_moments_(total[columns:].view(-1), x_TC)
+
+
+GRAM_AND_MOMENTS = Statistic(
+    "gram and moments",
+    2,
+    _add_gram_and_moments_,
+    gives=frozenset({"gram", "moments", "column squares"}),
+    below=MOMENTS.vectors,
+)
+"""The Gram matrix, and below it the moments, a vector in each row: [C + 4, C]; whatever any method asks for."""
+
+
 def covering(statistics: Sequence[Statistic]) -> Statistic | None:
     """Return the first that answers what all of them do; None where none does."""
     return next((each for each in statistics if all(each.covers(other) for other in statistics)), None)
@@ -87,7 +110,7 @@ def covering(statistics: Sequence[Statistic]) -> Statistic | None:
 
 def with_deviations(deviations: int) -> Statistic:
     """Return the Gram matrix with so many rows of products of what deviates with the input below it."""
-    return replace(GRAM, name="gram with deviations", deviations=deviations)
+    return replace(GRAM, name="gram with deviations", below=deviations, deviates=True)
 
 
 class Accumulator:

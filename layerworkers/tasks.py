@@ -135,6 +135,9 @@ class BlockTask:
     pace: Pace = Pace()
     """It decides how the solves are shared out, never bytes."""
     coverage: Coverage = Coverage()
+    collected: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """Where the statistics of inputs lie, by the first of the linears that share one, where these were collected before
+    and no sample is run; or, for :meth:`BlockWorker.collect_block`, where they are written."""
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,17 @@ class BlockWriter:
 
         self._writes.append(self._thread.submit(run))
 
-    def write_row(self, entry: TensorEntry, row: int, data: Tensor) -> None:
-        """Write the bytes of one row of ``entry`` to its file, at once: the data may change afterwards.
+    def write_rows(self, entry: TensorEntry, first: int, data: Tensor) -> None:
+        """Write the bytes of rows of ``entry``, from ``first`` on, at once: the data may change afterwards.
 
         Raises:
             RunError: when the disk is full or fails.
         """
         row_bytes = entry.size_bytes // entry.shape[0]
-        assert data.nbytes == row_bytes, f"{entry.path}: rows of {row_bytes} bytes, not {data.nbytes}"
+        assert data.nbytes % row_bytes == 0, f"{entry.path}: rows of {row_bytes} bytes, not {data.nbytes}"
         self._rows.add(entry.path)
         view = bytes_of(data.to("cpu").contiguous())
-        self._files.write(entry.path, entry.start_bytes + row * row_bytes, view)
+        self._files.write(entry.path, entry.start_bytes + first * row_bytes, view)
 
     def sync(self, then: Callable[[], None]) -> None:
         """Begin to sync what was written since the last time, and call ``then`` once it is on the disk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -15,9 +16,10 @@ from torch.nn import functional
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.block_facts import Arguments
+from billhook.layerworkers.collected import write_collected
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
-from billhook.layerworkers.fitting import BlockFit
+from billhook.layerworkers.fitting import BlockFit, Solve
 from billhook.layerworkers.lockstep import DenseStream, run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
@@ -25,7 +27,7 @@ from billhook.layerworkers.output_files import LocalFiles, OutputFiles
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Skeleton, same_arguments
-from billhook.layerworkers.solving import Together, left_dense, solve_stage
+from billhook.layerworkers.solving import Together, left_dense, solve_stage, sum_over_workers
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import (
     BlockReport,
@@ -150,14 +152,7 @@ class BlockWorker:
             RunError: when a solve or the disk fails.
         """
         began, begin = time.time(), time.monotonic()
-        self._moved_bytes = 0
-        self._watch.read()
-        if not task.placement.read_ahead:
-            with self._watch.part("files"):
-                self._writer.wait_written()  # there is no room for the last block beside this one
-        disk = self._load(task.tensors)
-        if task.placement.read_ahead:
-            self._reader.begin(task.next_tensors, self._writer.written)
+        disk = self._begin_block(task)
         entries = {tensor.entry.name: tensor for tensor in task.tensors}
         pruned = {linear.disk_name for linear in task.linears}
         own = {entry.name for entry in self._own_share(task)}
@@ -174,8 +169,74 @@ class BlockWorker:
                     if report.name in own:
                         self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
+        fit = self._fit_of(task, solve)
+        if task.collected:
+            fit.run_without_samples()
+        else:
+            fit.run(self._hidden, self._arguments_of(task.index))
+        for linear in task.linears:
+            name = linear.disk_name
+            if name not in reports:
+                reports[name] = left_dense(linear, disk[name])
+                if name in own:
+                    self._writer.write(task.output, entries[name].entry, disk[name])
+            reports[name] = fit.described(reports[name], linear.name, entries[name].entry.transposed)
+        disk.clear()
+        return self._end_block(task, [reports[linear.disk_name] for linear in task.linears], began, begin)
+
+    @torch.inference_mode()
+    def collect_block(self, task: BlockTask) -> BlockReport:
+        """Write the statistics of the inputs of a block as it is, and carry the samples through it.
+
+        They are summed over all workers, each input's on another one, which writes them. The share of the block before
+        is on the disk when this returns.
+
+        Raises:
+            InputError, RunError: as :meth:`prune_block`.
+        """
+        began, begin = time.time(), time.monotonic()
+        disk = self._begin_block(task)
+        collectors = itertools.cycle(range(self._group.size))
+
+        def collect(groups: Sequence[Together]) -> None:
+            for together in groups:
+                if together.statistic is None:  # of an expert that too few tokens are sent to
+                    continue
+                columns = disk[together.linears[0].disk_name].shape[1]
+                with self._watch.part("statistics"):
+                    total = sum_over_workers(
+                        *(together.statistic, columns, together.nodes, task.partitions, self._group),
+                        *(next(collectors), self._device),
+                    )
+                if total is not None and together.collected is not None:
+                    with self._watch.part("files"):
+                        write_collected(total, together.collected, self._writer.write_rows)
+
+        fit = self._fit_of(task, collect)
+        fit.run(self._hidden, self._arguments_of(task.index))
+        entries = {tensor.entry.name: tensor.entry for tensor in task.tensors}
+        reports = [
+            fit.described(left_dense(linear, disk[linear.disk_name]), linear.name, entries[linear.disk_name].transposed)
+            for linear in task.linears
+        ]
+        disk.clear()
+        return self._end_block(task, reports, began, begin)
+
+    def _begin_block(self, task: BlockTask) -> dict[str, Tensor]:
+        """Load a block, begin to read the next; return its tensors as on disk, by name."""
+        self._moved_bytes = 0
+        self._watch.read()
+        if not task.placement.read_ahead:
+            with self._watch.part("files"):
+                self._writer.wait_written()  # there is no room for the last block beside this one
+        disk = self._load(task.tensors)
+        if task.placement.read_ahead:
+            self._reader.begin(task.next_tensors, self._writer.written)
+        return disk
+
+    def _fit_of(self, task: BlockTask, solve: Solve) -> BlockFit:
         block = self._skeleton.blocks[task.index]
-        fit = BlockFit(
+        return BlockFit(
             block,
             self._skeleton.facts(task.index).input_groups,
             task,
@@ -187,25 +248,19 @@ class BlockWorker:
             solve,
             DenseStream(deepcopy(block), self._dense) if self._setup.dense_stream else None,
         )
-        fit.run(self._hidden, self._arguments_of(task.index))
-        for linear in task.linears:
-            name = linear.disk_name
-            if name not in reports:
-                reports[name] = left_dense(linear, disk[name])
-                if name in own:
-                    self._writer.write(task.output, entries[name].entry, disk[name])
-            reports[name] = fit.described(reports[name], linear.name, entries[name].entry.transposed)
+
+    def _end_block(self, task: BlockTask, reports: Sequence[LinearReport], began: float, begin: float) -> BlockReport:
+        """Begin to sync what was written of a block, and forget it. began, begin: by the clock, and monotonic."""
         self._check_hidden(task.index)
         with self._watch.part("files"):
             if task.keep is not None:
                 for states, row, position in self._rows(task.keep):
-                    self._writer.write_row(task.keep, row, states[position])
+                    self._writer.write_rows(task.keep, row, states[position])
             self._writer.sync(lambda: self._synced(task.index))
-        disk.clear()
         self._drop_block(task.index)
         return BlockReport(
             task.index,
-            tuple(reports[linear.disk_name] for linear in task.linears),
+            tuple(reports),
             began,
             time.monotonic() - begin,
             self._watch.read(),

@@ -1,11 +1,12 @@
 """billhook's Python interface: what must be done, in what order, what is done.
 
-``prune``, ``plan``, ``allocate``, ``status``, ``report``, ``evaluate``, ``verify`` and ``inspect`` do what the commands
-of the same names do (``evaluate`` and ``evaluate_tasks`` are ``billhook eval``, ``resume`` is ``billhook prune
---resume``). They raise :class:`InputError` where the command line exits with 2, :class:`RunError` with 1,
-and :class:`Interrupted` where it exits with 130; all are :class:`BillhookError` and have a ``code``, a ``cause`` and a
-``remedy``. ``progress=`` takes a function that is told of every :class:`Event`, such as ``print``, or what
-:func:`shown_progress` gives. They are imported on first use, so that importing this package does not import torch.
+``prune``, ``plan``, ``collect``, ``solve``, ``allocate``, ``status``, ``report``, ``evaluate``, ``verify`` and
+``inspect`` do what the commands of the same names do (``evaluate`` and ``evaluate_tasks`` are ``billhook eval``,
+``resume`` is ``billhook prune --resume``). They raise :class:`InputError` where the command line exits with 2,
+:class:`RunError` with 1, and :class:`Interrupted` where it exits with 130; all are :class:`BillhookError` and have a
+``code``, a ``cause`` and a ``remedy``. ``progress=`` takes a function that is told of every :class:`Event`, such as
+``print``, or what :func:`shown_progress` gives. They are imported on first use, so that importing this package does not
+import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from billhook.layerworkers.errors import BillhookError, InputError, Interrupted,
 if TYPE_CHECKING:
     from billhook.orchestrator.allocating import allocate
     from billhook.orchestrator.allocation import Allocation
-    from billhook.orchestrator.driver import PruneResult, prune, resume
+    from billhook.orchestrator.driver import CollectResult, PruneResult, collect, prune, resume, solve
     from billhook.orchestrator.evaluation import Comparison, Evaluation, evaluate
     from billhook.orchestrator.event_log import read_events
     from billhook.orchestrator.events import Event
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "allocate": "allocating",
     "Allocation": "allocation",
+    "collect": "driver",
+    "CollectResult": "driver",
     "prune": "driver",
+    "solve": "driver",
     "resume": "driver",
     "PruneResult": "driver",
     "evaluate": "evaluation",
@@ -57,6 +61,7 @@ _HOMES = {
 __all__ = [
     "Allocation",
     "BillhookError",
+    "CollectResult",
     "Comparison",
     "Evaluation",
     "Event",
@@ -70,6 +75,7 @@ __all__ = [
     "Status",
     "Verification",
     "allocate",
+    "collect",
     "evaluate",
     "evaluate_tasks",
     "inspect",
@@ -79,6 +85,7 @@ __all__ = [
     "report",
     "resume",
     "shown_progress",
+    "solve",
     "status",
     "verify",
 ]

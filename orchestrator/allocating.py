@@ -24,6 +24,7 @@ from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import ObserveTask
 from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation, read_allocation, write_allocation
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
+from billhook.orchestrator.allocation.scores import collected_scores
 from billhook.orchestrator.allocation.spectra import spectrum, spectrum_bytes
 from billhook.orchestrator.budgets import resolve_budgets
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary, deal_samples
@@ -129,16 +130,32 @@ def allocated(
         return of_weights(spectrum)
 
     def scores(multiple: float) -> list[list[ScoreFacts]]:
+        if request.collected is not None:
+            return _collected_scores(request, multiple, report)
         scratch = folder / FOLDER if (folder / FOLDER).is_dir() else None
         return dense_scores(make_plan(request, resources, folder), windows, multiple, report, scratch)
 
-    if ALLOCATORS[request.recipe.allocation].needs == "tokens" and windows is None:
+    needs_tokens = ALLOCATORS[request.recipe.allocation].needs == "tokens"
+    if needs_tokens and windows is None and request.collected is None:
         raise OptionError(
             f"--allocation {request.recipe.allocation} looks at calibration samples, which --method "
             f"{request.recipe.method} does without; choose another of the two"
         )
     found = allocation_of(request.recipe, request.linears, request.pattern, histograms, spectra, scores)
     return replace(request, allocation=found)
+
+
+def _collected_scores(request: Request, multiple: float, report: Progress) -> list[list[ScoreFacts]]:
+    assert request.collected is not None
+    found = []
+    for block, linears, inputs in zip(
+        request.model.layout.blocks, request.linears, request.collected.entries, strict=True
+    ):
+        weights = {tensor.entry.name: tensor.entry for tensor in block.tensors}
+        firsts = {linear: block.groups[linear.group].linears[0] for linear in linears}
+        found.append(collected_scores(inputs, weights, firsts, multiple))
+        report(Step("allocate", block.index + 1, len(request.linears), ""))
+    return found
 
 
 def _check_room_for_spectra(request: Request, resources: Resources) -> None:
@@ -175,6 +192,7 @@ def stored_path(output: Path, request: Request, windows: Windows | None) -> Path
         asdict(allocator_options(recipe.allocation, recipe.allocation_options)),
         [astuple(matrix) for matrix in matrices_of(recipe, request.linears)],
         [windows.sha256, *seen] if windows and ALLOCATORS[recipe.allocation].needs == "tokens" else [],
+        request.collected.sha256 if request.collected else "",
     ]
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     return output / FOLDER / f"{STORED}-{digest[:16]}.json"

@@ -134,7 +134,8 @@ def _use(run: Run, places: Reservation, memory: PeakMemory, may_grow: bool) -> d
         pool.start(model.layout.stem, samples)
         if run.windows is not None:
             _carry_on(run, plan, pool, samples, history)
-        for done in pool.prune_blocks(_tasks(run, plan, pool, len(history.blocks), kept, may_grow)):
+        work = pool.prune_blocks if plan.request.collects is None else pool.collect_blocks
+        for done in work(_tasks(run, plan, pool, len(history.blocks), kept, may_grow)):
             run.lock.check()
             keeps = done.index + 1 in kept
             linears = [dataclasses.asdict(linear) for linear in done.linears]
@@ -175,7 +176,9 @@ def _carry_on(run: Run, plan: Plan, pool: WorkerPool, samples: list[list[Sample]
         _check_asked(run.interruption)
         ahead = plan.arrangement.placements[block.index].read_ahead
         later = blocks[block.index + 1 : committed][:1] if ahead else ()
-        tensors = [_in_output(each.tensors, run.output) for each in (block, *later)]
+        tensors = [each.tensors for each in (block, *later)]
+        if plan.request.collects is None:
+            tensors = [_in_output(each, run.output) for each in tensors]
         dense = block.tensors if plan.request.streams > 1 else ()
         pool.forward_block(block.index, tensors[0], tensors[1] if later else (), dense)
         run.report(Step("replay", block.index + 1, len(blocks), ""))

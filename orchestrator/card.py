@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator.history import Decided
+from billhook.orchestrator.recipe import Recipe
 from billhook.orchestrator.request import Request
 
 CARRIED = ("license", "license_name", "license_link", "base_model", "language")
@@ -49,6 +50,17 @@ The error is each linear's own, as its method measures it, relative to what it w
 {licence}
 """
 
+_STATISTICS = """# Collected statistics
+
+What the inputs of {linears} linears of a model are like, written by `billhook collect`: of each input the Gram matrix
+over all tokens, and its moments, in float32. `billhook solve` makes sparse checkpoints of it, without running a sample.
+
+Samples, passed through the dense model in `{dtype}`: {samples}
+
+Each block has a file, and in it each input a flat tensor, named after the first of its linears: the lower triangle of
+the Gram matrix row after row; then of each channel the sum of squares, the sum, the number of tokens, that of samples.
+"""
+
 
 def model_card(
     request: Request, reports: Sequence[LinearReport], calibration_sha256: str | None, earlier: Sequence[Decided] = ()
@@ -75,12 +87,10 @@ def model_card(
         + ", ".join(f"{key} `{each.fingerprint['recipe'][key]}`" for key in ("method", "pattern", "sparsity"))
         for each in earlier
     ]
-    calibration = (
-        "none"
-        if calibration_sha256 is None
-        else f"{recipe.samples} samples of {recipe.seqlen} tokens, seed {recipe.seed}, "
-        f"tokens sha256 `{calibration_sha256}`"
-    )
+    if request.collected is not None:
+        calibration = request.collected.calibration
+    else:
+        calibration = "none" if calibration_sha256 is None else _samples(recipe, calibration_sha256)
     lines += [
         f"- {count} linears of experts that few calibration tokens were sent to: `{fallback}`"
         for fallback, count in sorted(Counter(report.fallback for report in reports if report.fallback).items())
@@ -105,6 +115,20 @@ def model_card(
     for key, value in carried.items():
         setattr(data, key, value)
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def statistics_card(request: Request, calibration_sha256: str | None) -> str:
+    """Return what says what a folder of collected statistics is."""
+    assert calibration_sha256 is not None
+    return _STATISTICS.format(
+        linears=sum(map(len, request.linears)),
+        samples=_samples(request.recipe, calibration_sha256),
+        dtype=request.recipe.dtype,
+    )
+
+
+def _samples(recipe: Recipe, sha256: str) -> str:
+    return f"{recipe.samples} samples of {recipe.seqlen} tokens, seed {recipe.seed}, tokens sha256 `{sha256}`"
 
 
 def carried_over(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import math
 import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import FrameType, UnionType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel, ByteSize
@@ -25,7 +26,10 @@ from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator.command import SETTERS, flag_of
 from billhook.orchestrator.ending import ending_with_code
 from billhook.orchestrator.interruption import GRACE_SECONDS, interruptible, is_ignored
-from billhook.orchestrator.recipe import Recipe, Resources, RunOptions
+from billhook.orchestrator.recipe import SAMPLE_KEYS, SOLVING_KEYS, Recipe, Resources, RunOptions
+
+if TYPE_CHECKING:
+    from billhook.orchestrator.driver import PruneResult
 
 app = typer.Typer(
     name="billhook",
@@ -54,19 +58,21 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each key of :class:`Recipe` and :class:`Resources`, passed on as ``given``."""
+def with_run_options(command: Callable[..., None], without: Collection[str] = frozenset()) -> Callable[..., None]:
+    """Give a command one option for each key of :class:`Recipe` and :class:`Resources`, passed on as ``given``.
+
+    without: keys that the command has no option for.
+    """
     parameters = [
         parameter
         for parameter in signatures.signature(command, eval_str=True).parameters.values()
         if parameter.name != "given"
     ]
-    fields = {**Recipe.model_fields, **Resources.model_fields}
-    for model in (Recipe, Resources):
-        parameters += [_parameter(name, model) for name in model.model_fields]
+    models = [(model, [name for name in model.model_fields if name not in without]) for model in (Recipe, Resources)]
+    parameters += [_parameter(name, model) for model, names in models for name in names]
 
     def run(**arguments: Any) -> None:
-        given = {key: arguments.pop(key) for key in fields}
+        given = {key: arguments.pop(key) for _, names in models for key in names}
         command(**arguments, given=_given(given))
 
     run.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
@@ -207,7 +213,6 @@ def prune_command(
     """Prune a model into OUT, or go on with an interrupted run of the same plan."""
     from billhook.orchestrator import driver
     from billhook.orchestrator.progress import shown_progress
-    from billhook.orchestrator.units import gibibytes
 
     if (resume is None) == (model is None) or (resume is None) == (output is None):
         raise OptionError("prune: expected either MODEL and --output OUT, or --resume OUT")
@@ -222,7 +227,13 @@ def prune_command(
             assert model is not None
             assert output is not None
             result = driver.prune(model, output, recipe=recipe, **way, **given)
-    if json_output:
+    _print_result(result, json_output)
+
+
+def _print_result(result: PruneResult, as_json: bool) -> None:
+    from billhook.orchestrator.units import gibibytes
+
+    if as_json:
         _print_json(
             {
                 "sparsity": result.sparsity,
@@ -245,6 +256,74 @@ def prune_command(
             f"{result.sparsity:.4f}, {result.seconds:.1f} s, peak memory {gibibytes(result.peak_bytes['ram'])} "
             f"(planned {gibibytes(result.planned_bytes['ram'])}, budget {gibibytes(result.budgets.ram)})"
         )
+
+
+@app.command("collect")
+@ending_with_code
+@partial(with_run_options, without=SOLVING_KEYS)
+def collect_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the statistics.")],
+    recipe: RecipeFile = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")
+    ] = False,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal."),
+    ] = GRACE_SECONDS,
+    json_output: Json = False,
+    *,
+    given: Any,
+) -> None:
+    """Keep the statistics of a dense model's linears in DIR, from which solve makes any number of checkpoints."""
+    from billhook.orchestrator.driver import collect
+    from billhook.orchestrator.progress import shown_progress
+    from billhook.orchestrator.units import gibibytes
+
+    with interruptible(grace) as interruption, redirect_stdout(sys.stderr), shown_progress() as progress:
+        way: Any = {"force": force, "progress": progress, "interruption": interruption}
+        done = collect(model, output, recipe=recipe, **way, **given)
+    if json_output:
+        _print_json(dataclasses.asdict(done))
+    elif done.already_finished:
+        print(f"{done.output}: this run had already finished; nothing was done")
+    else:
+        print(
+            f"{done.output}: {gibibytes(done.size_bytes)} of statistics for {done.linears} linears, "
+            f"{done.seconds:.1f} s, peak memory {gibibytes(done.peak_bytes['ram'])}"
+        )
+
+
+@app.command("solve")
+@ending_with_code
+@partial(with_run_options, without=SAMPLE_KEYS)
+def solve_command(
+    collected: Annotated[str, typer.Argument(metavar="DIR", help="Folder that collect wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sparse checkpoint.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model; default: where it was when collected.")
+    ] = None,
+    recipe: RecipeFile = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")
+    ] = False,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal."),
+    ] = GRACE_SECONDS,
+    json_output: Json = False,
+    *,
+    given: Any,
+) -> None:
+    """Prune into OUT by statistics that collect wrote, without running a sample."""
+    from billhook.orchestrator.driver import solve
+    from billhook.orchestrator.progress import shown_progress
+
+    with interruptible(grace) as interruption, redirect_stdout(sys.stderr), shown_progress() as progress:
+        way: Any = {"force": force, "progress": progress, "interruption": interruption}
+        result = solve(collected, output, model=model, recipe=recipe, **way, **given)
+    _print_result(result, json_output)
 
 
 @app.command("allocate")

@@ -14,13 +14,15 @@ from typing import Any, Unpack
 from billhook.cluster.session import check_dashboard, remove_leftovers
 from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, Interrupted, NoRunError, RunError
+from billhook.layerworkers.methods import COLLECT
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
 from billhook.orchestrator.allocating import allocated, store, windows_of
 from billhook.orchestrator.block_loop import Run, commit_blocks
 from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.calibration import Windows
-from billhook.orchestrator.card import model_card
+from billhook.orchestrator.card import model_card, statistics_card
+from billhook.orchestrator.collected import source_of
 from billhook.orchestrator.event_log import log
 from billhook.orchestrator.events import (
     Progress,
@@ -43,7 +45,7 @@ from billhook.orchestrator.plan_page import plan_as_text
 from billhook.orchestrator.planning import Plan, estimate, make_plan
 from billhook.orchestrator.recipe import Recipe, Resources, RunOptions, merged_options, read_options
 from billhook.orchestrator.reporting import report as write_report
-from billhook.orchestrator.request import make_request
+from billhook.orchestrator.request import Request, make_collecting_request, make_request
 from billhook.orchestrator.units import gibibytes
 
 
@@ -64,6 +66,22 @@ class PruneResult:
     """None when the run had already finished."""
     blocks: int
     linears: tuple[LinearReport, ...]
+    already_finished: bool
+
+
+@dataclass(frozen=True)
+class CollectResult:
+    """What was collected."""
+
+    output: Path
+    size_bytes: int
+    """Of the statistics."""
+    seconds: float
+    """Of this command; 0 when the run had already finished."""
+    peak_bytes: dict[str, int]
+    """As of :class:`PruneResult`."""
+    linears: int
+    """That can be solved on them."""
     already_finished: bool
 
 
@@ -92,15 +110,71 @@ def prune(
         RunError: the run failed; the same call goes on from the last finished block.
     """
     asked, resources = read_options(recipe, options)
-    return _prune(
-        str(model),
+    return _carry_out(
+        make_request(model, asked),
         user_path(output),
-        (asked, resources),
+        (str(model), asked, resources),
         from_block,
         force,
         no_progress if progress is None else progress,
         interruption or Interruption(),
     )
+
+
+def collect(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    interruption: Interruption | None = None,
+    **options: Unpack[RunOptions],
+) -> CollectResult:
+    """Pass the calibration samples through the dense ``model``; write the statistics of every linear's input.
+
+    output: a folder; an interrupted run of the same plan that it holds is gone on with. The other arguments are those
+    of :func:`prune`, but for what is about solving.
+
+    Raises:
+        InputError, Interrupted, RunError: as :func:`prune`.
+    """
+    asked, resources = read_options(recipe, options)
+    done = _carry_out(
+        make_collecting_request(model, asked),
+        user_path(output),
+        (str(model), asked, resources),
+        None,
+        force,
+        no_progress if progress is None else progress,
+        interruption or Interruption(),
+    )
+    size = sum(path.stat().st_size for path in done.output.glob("*.safetensors"))
+    return CollectResult(done.output, size, done.seconds, done.peak_bytes, len(done.linears), done.already_finished)
+
+
+def solve(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    recipe: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    interruption: Interruption | None = None,
+    **options: Unpack[RunOptions],
+) -> PruneResult:
+    """Prune the model whose statistics :func:`collect` wrote to ``folder``, without running a sample.
+
+    model: where it is now; by default where it was then. The other arguments are those of :func:`prune`.
+
+    Raises:
+        InputError, Interrupted, RunError: as :func:`prune`.
+    """
+    source = source_of(folder) if model is None else model
+    options = {**options, "collected": str(folder)}
+    way: Any = {"recipe": recipe, "force": force, "progress": progress, "interruption": interruption}
+    return prune(source, output, **way, **options)
 
 
 def resume(
@@ -119,10 +193,12 @@ def resume(
         raise NoRunError(f"--resume {output}: holds no billhook run; begin one with 'billhook prune MODEL -o {output}'")
     before = history.decided[-1]
     asked, resources = read_options(None, merged_options(before.asked["recipe"] | before.asked["resources"], options))
-    return _prune(
-        before.source if Path(before.source).is_dir() else before.asked["model"],
+    model = before.source if Path(before.source).is_dir() else before.asked["model"]
+    collects = before.fingerprint["recipe"]["method"] == COLLECT.name
+    return _carry_out(
+        (make_collecting_request if collects else make_request)(model, asked),
         target,
-        (asked, resources),
+        (model, asked, resources),
         from_block,
         force,
         no_progress if progress is None else progress,
@@ -130,19 +206,19 @@ def resume(
     )
 
 
-def _prune(
-    model: str,
+def _carry_out(
+    request: Request,
     target: Path,
-    asked: tuple[Recipe, Resources],
+    asked: tuple[str, Recipe, Resources],
     from_block: int | None,
     force: bool,
     progress: Progress,
     interruption: Interruption,
 ) -> PruneResult:
+    """Do what is requested, or what is left of it. asked: model, recipe and resources, as they were given."""
     begin = time.monotonic()
-    recipe, resources = asked
+    model, recipe, resources = asked
     _check_packages(resources)
-    request = make_request(model, recipe)
     checkpoint, blocks = request.model.checkpoint, len(request.model.layout.blocks)
     out.check_free(target, checkpoint)
     windows = windows_of(request)
@@ -172,7 +248,7 @@ def _prune(
             metrics = metrics_logged(resources.log_to, target, decided["asked"], report)
             report = together(report, stack.enter_context(metrics))
             if not history.decided:
-                out.create_shards(target, checkpoint)
+                out.create_shards(target, request.written)
             if not history.decided or branch is not None:
                 _note_plan(target, branch, decided)
             append(target, "start", {"pid": os.getpid(), "host": socket.gethostname(), "blocks": blocks})
@@ -182,7 +258,7 @@ def _prune(
             refused = isinstance(error, InputError) or not begun
             if refused and not history.decided and not read_history(target).blocks:
                 if lock.in_place:
-                    out.remove_output(target, checkpoint, keep_folder=existed)
+                    out.remove_output(target, request.written, keep_folder=existed)
             elif begun and lock.in_place:
                 _note_failure(target, report, RunFailed(type(error).__name__, str(error) or "interrupted"))
             if isinstance(error, OSError):
@@ -194,7 +270,7 @@ def _prune(
         if peak["ram"] > plan.budgets.ram:
             used, budget = gibibytes(peak["ram"]), gibibytes(plan.budgets.ram)
             report(Warned(f"{used} of memory were used, more than the budget of {budget}"))
-        _end(target, report, RunFinished(time.monotonic() - begin, sparsity_of(linears), blocks, peak))
+        _end(request, target, report, RunFinished(time.monotonic() - begin, sparsity_of(linears), blocks, peak))
     return PruneResult(
         target,
         sparsity_of(linears),
@@ -226,9 +302,11 @@ def _already_finished(output: Path, history: History) -> PruneResult:
     return PruneResult(output, sparsity_of(linears), 0.0, unused, {}, None, len(history.blocks), linears, True)
 
 
-def _end(output: Path, report: Progress, finished: RunFinished) -> None:
-    """Tell that a run is finished, and write its report; one that cannot be written takes nothing from it."""
+def _end(request: Request, output: Path, report: Progress, finished: RunFinished) -> None:
+    """Tell that a run is finished, and write a prune's report; one that cannot be written takes nothing from it."""
     report(finished)
+    if request.collects is not None:
+        return
     try:
         write_report(output)
     except Exception as error:
@@ -253,6 +331,8 @@ def _with_absolute_paths(model: str, recipe: Recipe, resources: Resources) -> di
     if user_path(model).is_dir():
         asked["model"] = str(user_path(model))
     calibration, scratch = recipe.calibration, resources.scratch
+    if recipe.collected is not None:
+        asked["recipe"]["collected"] = str(user_path(recipe.collected))
     if calibration not in (None, "random") and user_path(str(calibration)).exists():
         asked["recipe"]["calibration"] = str(user_path(str(calibration)))
     if user_path(recipe.allocation).is_file():
@@ -277,11 +357,11 @@ def _work(run: Run) -> dict[str, int]:
 
 def _run(run: Run) -> dict[str, int]:
     """Commit every block that is not committed yet, and the tensors outside the blocks; return peaks by tier."""
-    model, output = run.plan.request.model, run.output
+    request, output = run.plan.request, run.output
     history = read_history(output)
-    unpruned = len(history.blocks) < len(model.layout.blocks)
+    unpruned = len(history.blocks) < len(request.model.layout.blocks)
     if unpruned or not history.rest_copied:
-        out.unseal(output, model.checkpoint)
+        out.unseal(output, request.written)
     peak = {"vram": 0, "ram": 0, "disk": 0}
     if unpruned:
         try:
@@ -293,8 +373,8 @@ def _run(run: Run) -> dict[str, int]:
             raise
     if not history.rest_copied:
         run.report(Step("copy", 0, 1, "tensors outside the blocks"))
-        out.copy_tensors(model.layout.rest, output)
-        append(output, "rest", {"tensors": len(model.layout.rest)})
+        out.copy_tensors(request.copied, output)
+        append(output, "rest", {"tensors": len(request.copied)})
     return peak
 
 
@@ -303,7 +383,11 @@ def _finish(plan: Plan, windows: Windows | None, output: Path) -> None:
     reports = reports_of(history)
     sha256 = windows.sha256 if windows else None
     *earlier, current = history.decided
-    out.seal(output, request.model.checkpoint, model_card(request, reports, sha256, earlier))
+    if request.collects is None:
+        card = model_card(request, reports, sha256, earlier)
+    else:
+        card = statistics_card(request, sha256)
+    out.seal(output, request.written, card)
     manifest = out.write_manifest(
         output,
         {

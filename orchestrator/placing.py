@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from billhook.layerworkers.errors import BudgetError
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.budgets import Budgets
+from billhook.orchestrator.job import BlockWork, Job
 from billhook.orchestrator.phases import (
-    BlockWork,
-    Job,
     Need,
     at_tier,
     block_phases,

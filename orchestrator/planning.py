@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -13,6 +13,7 @@ from billhook.layerworkers.errors import BudgetError, InputError
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import BlockTask, Coverage, LinearTask
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
+from billhook.orchestrator.collected import written_to
 from billhook.orchestrator.devices import (
     BANDWIDTH_BYTES,
     DEVICES,
@@ -22,10 +23,11 @@ from billhook.orchestrator.devices import (
     on_device,
     supposition,
 )
+from billhook.orchestrator.job import BlockWork, Job
 from billhook.orchestrator.keeping import keep_every, kept_copies
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.model import Model, check_gpus, resolve_workers
-from billhook.orchestrator.phases import DASHBOARD_BYTES, BlockWork, Job
+from billhook.orchestrator.phases import DASHBOARD_BYTES
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
 from billhook.orchestrator.probe import Rates, measured_rates
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
@@ -123,7 +125,15 @@ class Plan:
             keep,
             _job(request, self.resources, self.supposed).pace,
             Coverage(recipe.expert_tokens, recipe.expert_fallback),
+            self._statistics_of(index, output),
         )
+
+    def _statistics_of(self, index: int, output: Path) -> Mapping[str, TensorEntry]:
+        """Return where the statistics of a block are written to, or were collected, if either."""
+        request = self.request
+        if request.collects is not None:
+            return written_to(request.collects, index, output)
+        return request.collected.entries[index] if request.collected is not None else {}
 
     def keeps_inputs_of(self, index: int) -> bool:
         """Whether the inputs of block ``index`` are kept."""
@@ -175,7 +185,7 @@ def make_plan(
         rates = measured_rates(opened)
     work = block_work(opened, request.linears, recipe.seqlen or 0)
     counts = range(most, 0, -1) if resources.workers == "auto" else [most]
-    size = output_bytes(opened)
+    size = output_bytes(request)
     misfit, within = None, budgets
     while True:
         try:
@@ -234,7 +244,7 @@ def with_workers(plan: Plan, workers: int) -> Plan:
         [workers],
         plan.own_bytes,
         _tiers(resources),
-        output_bytes(opened),
+        output_bytes(request),
         per_node=None if resources.address is None else here,
     )
     return replace(
@@ -306,7 +316,7 @@ def _cadence(
         every = resources.keep_inputs
     for choice in [every, 2] if (every, resources.keep_inputs) == (1, "auto") else [every]:
         kept = kept_copies(choice) * size
-        written = output_bytes(request.model) + kept
+        written = output_bytes(request) + kept
         apart = budgets.disk is None or written + arrangement.peak.disk <= budgets.disk
         if apart and (budgets.output_disk is None or written <= budgets.output_disk):
             return choice
@@ -353,9 +363,9 @@ def block_work(model: Model, chosen: tuple[tuple[Linear, ...], ...], seqlen: int
     ]
 
 
-def output_bytes(model: Model) -> int:
-    """Return the size of the output: that of the source, of what travels along, and of the records at most."""
-    checkpoint, linears = model.checkpoint, sum(len(block.linears) for block in model.layout.blocks)
+def output_bytes(request: Request) -> int:
+    """Return the size of the output: of its shards, of what travels along, and of the records at most."""
+    checkpoint, linears = request.written, sum(len(block.linears) for block in request.model.layout.blocks)
     others = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
     return checkpoint.size_bytes + others + REPORT_BYTES + RECORD_BYTES * (linears + RECORDS)
 
@@ -372,12 +382,12 @@ def estimate(plan: Plan) -> Estimate:
     """Predict what a run takes from the shapes of its tensors, and its time from the rates of this machine."""
     request, workers = plan.request, plan.workers.count
     checkpoint, blocks = request.model.checkpoint, request.model.layout.blocks
-    written = output_bytes(request.model)
+    written = output_bytes(request)
     kept = plan.kept_rows * plan.hidden_bytes * sum(plan.keeps_inputs_of(block.index) for block in blocks)
     read = checkpoint.size_bytes + (workers - 1) * sum(
         tensor.entry.size_bytes for block in blocks for tensor in block.tensors
     )
-    rest = 2 * sum(entry.size_bytes for entry in request.model.layout.rest) / plan.rates.disk_bytes
+    rest = 2 * sum(entry.size_bytes for entry in request.copied) / plan.rates.disk_bytes
     peak = plan.arrangement.peak
     on_gpu = request.recipe.device != "cpu"
     return Estimate(

@@ -17,6 +17,19 @@ from billhook.orchestrator.paths import user_path
 
 Value = bool | int | float | str
 
+SOLVING_KEYS = (
+    *("method", "methods", "options", "sparsity", "pattern", "allocation", "allocation_options"),
+    *("fit", "correction", "collected"),
+)
+"""Keys that mean nothing where statistics are collected."""
+
+SAMPLE_KEYS = (
+    *("calibration", "collected", "field", "samples", "seqlen", "seed", "bos", "fit", "correction"),
+    *("partition_samples", "route", "expert_tokens", "expert_fallback"),
+    *("activations", "intermediates", "statistics", "keep_inputs"),
+)
+"""Keys that mean nothing where statistics that were collected are solved on."""
+
 SIZE_WITH_UNIT = r"\s*\d+(\.\d+)?\s*[kKmMgGtTpP][iI]?[bB]?\s*"
 
 
@@ -45,6 +58,9 @@ class Recipe(BaseModel):
     )
     calibration: str | None = Field(
         None, description="Text file, JSONL file, Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or 'random'."
+    )
+    collected: str | None = Field(
+        None, description="Folder of 'collect', whose statistics are solved on instead; no samples are run then."
     )
     field: str = Field("text", description="Field that holds the text, in JSONL files and datasets.")
     samples: int = Field(128, ge=1, description="Calibration samples.")
@@ -197,6 +213,7 @@ class RunOptions(TypedDict, total=False):
     options: dict[str, Value]
     methods: dict[str, str]
     calibration: str | None
+    collected: str | None
     field: str
     samples: int
     seqlen: int | None

@@ -13,9 +13,10 @@ import numpy as np
 
 from billhook.layerworkers.errors import OptionError, UnsupportedModelError
 from billhook.layerworkers.machine import library_versions, machine_facts
-from billhook.layerworkers.methods import Method, Solver, method_named
+from billhook.layerworkers.methods import COLLECT, UNLISTED, Method, Solver, method_named
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.patterns import NM, Pattern, Unstructured, parse_pattern
+from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.statistics import GRAM, covering
 from billhook.orchestrator.allocation import (
     ALLOCATORS,
@@ -29,10 +30,13 @@ from billhook.orchestrator.allocation import (
 )
 from billhook.orchestrator.allocation.magnitudes import Histogram
 from billhook.orchestrator.calibration import default_seqlen
+from billhook.orchestrator.checkpoint import Checkpoint
+from billhook.orchestrator.collected import Collected, open_collected, statistics_files
+from billhook.orchestrator.command import flag_of
 from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, open_model
 from billhook.orchestrator.paths import user_path
-from billhook.orchestrator.recipe import Recipe, Value, checked_options
+from billhook.orchestrator.recipe import SOLVING_KEYS, Recipe, Value, checked_options
 
 DATA_KEYS = (
     *("field", "samples", "seqlen", "seed", "bos", "fit", "correction", "partition_samples"),
@@ -58,6 +62,20 @@ class Request:
     """None: every linear loses the same share; or what each loses takes more than shapes to say."""
     others: dict[str, Solver] = dataclasses.field(default_factory=dict)
     """What solves the linears that another method than the recipe's is for, by their names on disk."""
+    collected: Collected | None = None
+    """What the linears are solved on, where no samples are run."""
+    collects: Checkpoint | None = None
+    """Files of statistics that are written, instead of a sparse checkpoint."""
+
+    @property
+    def written(self) -> Checkpoint:
+        """The files that are written, and those that are copied beside them."""
+        return self.collects or self.model.checkpoint
+
+    @property
+    def copied(self) -> tuple[TensorEntry, ...]:
+        """The tensors outside the blocks that go into what is written."""
+        return () if self.collects else self.model.layout.rest
 
     @property
     def method(self) -> Method:
@@ -86,7 +104,9 @@ class Request:
 
     @property
     def samples(self) -> int:
-        """Calibration samples; 0 for methods that need none."""
+        """Calibration samples; 0 for methods that need none, or where their statistics were collected before."""
+        if self.collected is not None:
+            return 0
         methods = [self.method, *(solver.method for solver in self.others.values())]
         return self.recipe.samples if any(method.statistic is not None for method in methods) else 0
 
@@ -116,6 +136,8 @@ class Request:
             options = allocator_options(self.recipe.allocation, self.recipe.allocation_options)
             recipe["allocation_options"] = dataclasses.asdict(options)
         recipe["calibration"] = calibration_sha256
+        if self.collected is not None:
+            recipe["collected"] = self.collected.sha256
         if self.allocation is not None:
             recipe["allocation"] = f"{self.allocation.name} {self.allocation.sha256}"
         if not self.samples:
@@ -138,6 +160,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     Raises:
         InputError: for anything wrong with the model or the recipe.
     """
+    _check_collected(recipe)
     solvers = _solvers(recipe)
     options = dataclasses.asdict(solvers[recipe.method].options)
     pattern = parse_pattern(recipe.pattern, recipe.sparsity)
@@ -151,7 +174,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
         update={
             "sparsity": float(pattern.sparsity),
             "options": options,
-            "fit": method_named(recipe.method).fit if recipe.fit == "auto" else recipe.fit,
+            "fit": _fit(recipe),
             "correction": _correction(recipe),
             "device": opened.device,
             "dtype": opened.dtype,
@@ -168,11 +191,65 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
         if (method := _method_of(recipe, linear)) != recipe.method
     }
     _check_methods(recipe, chosen)
+    collected = None if recipe.collected is None else open_collected(recipe.collected, opened, chosen)
+    if collected is not None:
+        chosen, skipped, starved = _as_collected(collected, chosen, skipped)
+        others |= starved
     allocation = _allocation(recipe, pattern, chosen, asked_sparsity)
     if allocation is not None and asked_sparsity is None:
         pattern = Unstructured(allocation.sparsity)
         recipe = recipe.model_copy(update={"sparsity": float(pattern.sparsity)})
-    return Request(opened, recipe, pattern, options, chosen, skipped, allocation, others)
+    return Request(opened, recipe, pattern, options, chosen, skipped, allocation, others, collected)
+
+
+def make_collecting_request(model: str | Path, recipe: Recipe) -> Request:
+    """Fill in a recipe for a model whose statistics are to be collected: no weight is read.
+
+    Raises:
+        InputError: for anything wrong with the model or the recipe, as keys that have nothing to do with collecting.
+    """
+    for key in SOLVING_KEYS:
+        if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
+            raise OptionError(f"{flag_of(key)}: is for solving; leave it out here, and give it to 'billhook solve'")
+    request = make_request(model, recipe.model_copy(update={"method": "magnitude", "sparsity": 0.0}))
+    recipe = request.recipe.model_copy(update={"method": COLLECT.name, "fit": COLLECT.fit})
+    return dataclasses.replace(
+        request, recipe=recipe, options={}, collects=statistics_files(request.model, request.linears)
+    )
+
+
+def _check_collected(recipe: Recipe) -> None:
+    """Check that a recipe asks for nothing of statistics collected before that only samples can tell.
+
+    Raises:
+        OptionError: where it does.
+    """
+    if recipe.collected is None:
+        return
+    for key, value in (("calibration", recipe.calibration), ("fit", recipe.fit), ("correction", recipe.correction)):
+        if value not in (None, "auto", 0.0):
+            raise OptionError(
+                f"--collected: runs no samples, which {flag_of(key)} {value} is about; leave out one of them"
+            )
+
+
+def _as_collected(
+    collected: Collected, chosen: tuple[tuple[Linear, ...], ...], skipped: tuple[Linear, ...]
+) -> tuple[tuple[tuple[Linear, ...], ...], tuple[Linear, ...], dict[str, Solver]]:
+    """Return what is pruned, what is left dense, and by what linears are solved of which nothing was collected.
+
+    These are of experts that too few tokens were sent to.
+    """
+    magnitude = method_named("magnitude")
+    by_magnitude = {
+        name: Solver(magnitude, magnitude.options())
+        for name, fallback in collected.fallbacks.items()
+        if fallback == "magnitude"
+    }
+    dense = {name for name, fallback in collected.fallbacks.items() if fallback == "dense"}
+    left = tuple(linear for linears in chosen for linear in linears if linear.disk_name in dense)
+    pruned = tuple(tuple(linear for linear in linears if linear.disk_name not in dense) for linears in chosen)
+    return pruned, (*skipped, *left), by_magnitude
 
 
 def _solvers(recipe: Recipe) -> dict[str, Solver]:
@@ -182,6 +259,10 @@ def _solvers(recipe: Recipe) -> dict[str, Solver]:
         OptionError: for an unknown method, an option that none of them has, or a value of the wrong kind or range.
     """
     _compile("--method-for", tuple(recipe.methods))
+    if set(UNLISTED) & {recipe.method, *recipe.methods.values()}:
+        raise OptionError(
+            f"--method {COLLECT.name}: is a command of its own, 'billhook collect'; see 'billhook methods'"
+        )
     kinds = {name: method_named(name) for name in (recipe.method, *recipe.methods.values())}
     fields = {name: {field.name for field in dataclasses.fields(kind.options)} for name, kind in kinds.items()}
     known = set[str]().union(*fields.values())
@@ -195,6 +276,13 @@ def _solvers(recipe: Recipe) -> dict[str, Solver]:
         )
         for name, kind in kinds.items()
     }
+
+
+def _fit(recipe: Recipe) -> str:
+    """Return to which inputs linears are fitted; what was collected is of dense blocks."""
+    if recipe.collected is not None:
+        return "dense-block"
+    return method_named(recipe.method).fit if recipe.fit == "auto" else recipe.fit
 
 
 def _method_of(recipe: Recipe, linear: Linear) -> str:
@@ -237,6 +325,8 @@ def _correction(recipe: Recipe) -> float:
         OptionError: where the recipe's method cannot be corrected.
     """
     method = method_named(recipe.method)
+    if recipe.collected is not None:
+        return 0.0
     if not (share := method.correction if recipe.correction is None else recipe.correction):
         return 0.0
     names = (recipe.method, *recipe.methods.values())

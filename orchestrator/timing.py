@@ -15,7 +15,7 @@ from billhook.kernels.gram import cpu_multiplies_bfloat16
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.sharing import share_out_stage
 from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic
-from billhook.orchestrator.phases import BlockWork, Job
+from billhook.orchestrator.job import BlockWork, Job
 from billhook.orchestrator.probe import Rates
 from billhook.orchestrator.recipe import Recipe
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from billhook.layerworkers.errors import InputError, NoRunError, RunError
+from billhook.layerworkers.errors import InputError, NoRunError, OptionError, RunError
 from billhook.layerworkers.files import read_bytes
+from billhook.layerworkers.methods import COLLECT
 from billhook.layerworkers.patterns import NM, exact_fraction, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.solving import DENSE
 from billhook.orchestrator.allocation import UNIFORM
-from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_checkpoint, resolve_model
+from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_checkpoint, open_file, resolve_model
 from billhook.orchestrator.events import Progress
 from billhook.orchestrator.history import Decided, History, read_history
 from billhook.orchestrator.inspection import most_kept, pieces
@@ -59,7 +60,8 @@ def verify(
     """Check a finished checkpoint; ``against`` is its source, by default the one that it was made from, if
     it is still there and the same.
 
-    Checked are: the journal line by line, the manifest against it, the hash of every file; of each pruned tensor the
+    Of statistics that were collected, only the records and the hashes are checked. Of a checkpoint, checked are: the
+    journal line by line, the manifest against it, the hash of every file; of each pruned tensor the
     count of zeros against the pattern, the N:M pattern, no NaN, no infinity, no negative zero; against the source the
     files, names, dtypes, shapes, shard layout, and byte identity of every tensor that was not pruned. What is timed
     (``events.jsonl`` and whatever else lies in the private folder) is not part of it.
@@ -80,6 +82,9 @@ def verify(
     if history.done is None:
         raise NoRunError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
     recipe = history.decided[-1].asked["recipe"]
+    collected = history.decided[-1].fingerprint["recipe"]["method"] == COLLECT.name
+    if collected and logits:
+        raise OptionError(f"--logits: {output} holds collected statistics, and no model")
     prompts = prompts_of(recipe, text) if logits else None
     source = _source(against, history.decided[-1])
     problems: list[Problem] = []
@@ -88,13 +93,12 @@ def verify(
         manifest = read_manifest(folder)
         problems += _check_record(folder, history, manifest)
         problems += _check_files(folder, manifest)
-        checkpoint = open_checkpoint(folder)
-        checked = len(checkpoint.tensors)
-        for linear in manifest["linears"]:
-            problems += _check_linear(checkpoint, linear)
-        if source is not None:
-            pruned = {linear["name"] for linear in manifest["linears"] if linear["pattern"] != DENSE}
-            problems += _check_against(checkpoint, source, pruned)
+        if collected:
+            checked = sum(len(open_file(path).entries) for path in folder.glob("*.safetensors"))
+        else:
+            checkpoint = open_checkpoint(folder)
+            checked = len(checkpoint.tensors)
+            problems += _check_checkpoint(checkpoint, source, manifest["linears"])
     except (InputError, RunError) as error:
         problems.append(Problem(str(folder), str(error)))
     except OSError as error:
@@ -112,6 +116,16 @@ def verify(
             )
             problems.append(Problem("logits", reason))
     return Verification(not problems, tuple(problems), checked, str(source.folder) if source else None, compared)
+
+
+def _check_checkpoint(
+    checkpoint: Checkpoint, source: Checkpoint | None, linears: Sequence[dict[str, Any]]
+) -> Iterator[Problem]:
+    for linear in linears:
+        yield from _check_linear(checkpoint, linear)
+    if source is not None:
+        pruned = {linear["name"] for linear in linears if linear["pattern"] != DENSE}
+        yield from _check_against(checkpoint, source, pruned)
 
 
 def _source(against: str | Path | None, decided: Decided) -> Checkpoint | None:

@@ -20,6 +20,7 @@ from billhook.layerworkers.methods.admm import ADMM
 from billhook.layerworkers.methods.alps import ALPS
 from billhook.layerworkers.methods.auto import AUTO
 from billhook.layerworkers.methods.chain import chain
+from billhook.layerworkers.methods.collect import COLLECT
 from billhook.layerworkers.methods.contract import Method, Refinement, Solution, Solver
 from billhook.layerworkers.methods.dsnot import DSNOT
 from billhook.layerworkers.methods.iht import IHT
@@ -36,6 +37,9 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, RIA, SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS)
 }
+
+UNLISTED = {COLLECT.name: COLLECT}
+"""What is solved by none of these; nobody may ask for it by ``--method``."""
 
 REFINEMENTS: dict[str, Refinement] = {each.name: each for each in (DSNOT, SWAPS, REFIT, EXACT_REFIT)}
 
@@ -68,6 +72,8 @@ def method_named(name: str) -> Method:
     Raises:
         InputError: when there is none of that name, or they do not go together.
     """
+    if name in UNLISTED:
+        return UNLISTED[name]
     first, *others = name.split("+")
     if first not in METHODS:
         raise OptionError(f"--method {name}: unknown{nearest(first, [*METHODS])}; known are {', '.join(METHODS)}")
@@ -80,4 +86,14 @@ def method_named(name: str) -> Method:
     return chain(METHODS[first], [REFINEMENTS[other] for other in others]) if others else METHODS[first]
 
 
-__all__ = ["METHODS", "REFINEMENTS", "Method", "Refinement", "Solution", "Solver", "method_named"]
+__all__ = [
+    "COLLECT",
+    "METHODS",
+    "REFINEMENTS",
+    "UNLISTED",
+    "Method",
+    "Refinement",
+    "Solution",
+    "Solver",
+    "method_named",
+]

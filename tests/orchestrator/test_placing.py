@@ -161,14 +161,14 @@ def test_no_more_of_a_disk_is_planned_with_than_is_free_on_it(
         make_plan(request, resources, output)
     free |= {output: GIB, scratch: GIB}
     assert make_plan(request, resources, output).budgets.disk == GIB
-    free[output] = output_bytes(request.model) + 100
+    free[output] = output_bytes(request) + 100
     with pytest.raises(InputError, match="--keep-inputs 1: the disk has no room"):
         make_plan(request, resources.model_copy(update={"keep_inputs": 1}), output)
     assert make_plan(request, resources, output).keep_every == 0
     monkeypatch.setattr(planning, "keep_every", lambda *_: 1)
     two = 2 * 8 * 2 * make_plan(request, resources, output).hidden_bytes  # of both streams
     for room, every in ((two, 2), (two - 1, 0), (two + two // 2, 1)):
-        free[output] = output_bytes(request.model) + room
+        free[output] = output_bytes(request) + room
         assert make_plan(request, resources, output).keep_every == every
 
 
