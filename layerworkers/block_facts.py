@@ -67,6 +67,8 @@ class Footprint:
     """Of its hidden state."""
     running_bytes: int
     """Most that is alive at once while it runs, its input included."""
+    made_bytes: int
+    """All tensors that it makes on the way: no more of them is kept for gradients."""
     waiting_bytes: dict[str, int]
     """What is alive while it waits for a group of linears, its input included; by the name of the stop."""
 
@@ -157,7 +159,7 @@ def footprint_on_meta(
 
     with live.watching():
         _call_on_meta(block, hidden, arguments, [group.stop for group in groups], note)
-    return Footprint(hidden.nbytes, live.peak_bytes, waiting)
+    return Footprint(hidden.nbytes, live.peak_bytes, live.made_bytes, waiting)
 
 
 def _call_on_meta(

@@ -24,6 +24,8 @@ class LiveTensors:
         self._mode = _Watching(self.note)
         self.peak_bytes = 0
         """Most bytes that were alive at once while watching; kept by :meth:`note` on the meta device only."""
+        self.made_bytes = 0
+        """Bytes that were made while watching, whether they are still alive or not; likewise."""
 
     def watching(self) -> AbstractContextManager[Any]:
         """Return a context in which tensors are noted."""
@@ -31,6 +33,10 @@ class LiveTensors:
 
     def note(self, tensor: Tensor) -> None:
         """Count a tensor among those that were made."""
+        if tensor.device.type == "meta":
+            storage = tensor.untyped_storage()
+            if storage._cdata not in {each.untyped_storage()._cdata for each in self.tensors()}:
+                self.made_bytes += storage.nbytes()
         self._references.append(weakref.ref(tensor))
         if tensor.device.type == "meta":
             self.peak_bytes = max(self.peak_bytes, self.size_bytes())

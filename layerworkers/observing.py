@@ -81,7 +81,7 @@ def observe_scores(
         run_observed(block, seen, hidden, arguments, on_input)
     norms: dict[str, Tensor] = {}
     for each, own, width in zip(seen, sums, columns, strict=True):
-        total = sum_over_workers(COLUMN_SQUARES, int(width), own.nodes(), partitions, group, 0, device)  # type: ignore[arg-type]
+        total = sum_over_workers((int(width),), own.nodes(), partitions, group, 0, device)  # type: ignore[arg-type]
         squares = broadcast(group, 0, None if total is None else total.cpu().numpy())
         norms |= {
             disk_names[name]: torch.tensor(squares).sqrt().to(device) for name in each.linears if name in disk_names

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -152,9 +152,8 @@ def _problem(
                 reduced = read_collected(together.collected, together.statistic, columns, device, read_bytes)
     elif together.statistic is not None:
         with watch.part("statistics"):
-            reduced = sum_over_workers(
-                together.statistic, columns, together.nodes, task.partitions, group, solvers[0], device
-            )
+            shape = together.statistic.shape(columns)
+            reduced = sum_over_workers(shape, together.nodes, task.partitions, group, solvers[0], device)
     if group.rank not in solvers:
         return None
     solving = group.subgroup(solvers)
@@ -163,25 +162,23 @@ def _problem(
 
 
 def sum_over_workers(
-    statistic: Statistic,
-    columns: int,
+    shape: tuple[int, ...],
     nodes: list[Node],
     partitions: int,
     group: Collective,
     root: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Return the statistic over all samples of all workers on ``root``, None elsewhere; the nodes are used up.
+    """Return the sum over all partitions of all workers on ``root``, None elsewhere; the nodes are used up.
 
     It is sent and summed in bands of rows, several at a time, each summed by another worker, so that nobody holds
     another's whole sums, and the root is not sent everybody's. Of a matrix the lower triangle is sent, and only that
-    part of the result is meant.
+    part of the result is meant. shape: of the sum.
     """
     if group.size == 1:
         summed = total(nodes, partitions)
         nodes.clear()
         return summed
-    shape = statistic.shape(columns)
     # The root's first sum is overwritten band by band, as each is consumed.
     reusable = next((node.total for node in nodes if isinstance(node.total, Tensor)), None)
     reduced = torch.empty(shape, dtype=torch.float32, device=device) if reusable is None else reusable
@@ -313,6 +310,11 @@ def left_dense(linear: LinearTask, weight: Tensor) -> LinearReport:
     """Return the report of a linear from which nothing is removed after all."""
     shape = (weight.shape[0], weight.shape[1])
     return LinearReport(linear.disk_name, shape, DENSE, "none", 0, _zeros(weight), 0.0, ())
+
+
+def recounted(report: LinearReport, weight: Tensor) -> LinearReport:
+    """Return the report of a linear whose kept weights were changed, with the zeros that there are now."""
+    return replace(report, zeros=_zeros(weight))
 
 
 def _report(linear: LinearTask, weight: Tensor, facts: Sequence[_Facts]) -> LinearReport:

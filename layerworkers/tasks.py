@@ -110,6 +110,16 @@ class LinearTask:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How what is kept of a block is tuned; see :mod:`billhook.layerworkers.reconstruction`."""
+
+    epochs: int = 0
+    """Passes over the samples; 0: it is left as it was solved."""
+    rate: float = 0.0
+    """Of Adam, in the first step; it falls to 0 on a straight line."""
+
+
+@dataclass(frozen=True)
 class BlockTask:
     """One block: its tensors, the linears to prune, and where the result is written."""
 
@@ -138,6 +148,7 @@ class BlockTask:
     collected: Mapping[str, TensorEntry] = field(default_factory=dict)
     """Where the statistics of inputs lie, by the first of the linears that share one, where these were collected before
     and no sample is run; or, for :meth:`BlockWorker.collect_block`, where they are written."""
+    tuning: Tuning = Tuning()
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,16 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """The squared distance of a block's output from the dense model's, relative to its size."""
+
+    before: float
+    """As the linears were solved."""
+    after: float
+    """After what is kept was tuned; the same where that did not help, and nothing was changed."""
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """How one block came out: a worker tells its own times and bytes, the pool those of all."""
 
@@ -202,6 +223,8 @@ class BlockReport:
     """The most that the workers have had in their scratch files so far, together."""
     worker_seconds: tuple[float, ...] = ()
     """``seconds`` of each worker, by rank."""
+    reconstruction: Reconstruction | None = None
+    """Where what is kept was tuned."""
 
 
 @dataclass(frozen=True)

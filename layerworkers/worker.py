@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
@@ -24,10 +25,11 @@ from billhook.layerworkers.lockstep import DenseStream, run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
+from billhook.layerworkers.reconstruction import Samples, output_error, reconstruct
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Skeleton, same_arguments
-from billhook.layerworkers.solving import Together, left_dense, solve_stage, sum_over_workers
+from billhook.layerworkers.solving import Together, left_dense, recounted, solve_stage, sum_over_workers
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import (
     BlockReport,
@@ -35,6 +37,7 @@ from billhook.layerworkers.tasks import (
     LinearReport,
     ModuleTensor,
     ObserveTask,
+    Reconstruction,
     Sample,
     StemTask,
     WindowComparison,
@@ -166,14 +169,23 @@ class BlockWorker:
                 for report in solve_stage(groups, disk, task, self._group, self._device, self._watch):
                     reports[report.name] = report
                     self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
-                    if report.name in own:
+                    if report.name in own and not task.tuning.epochs:
                         self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
-        fit = self._fit_of(task, solve)
+        beside = self._begin_dense(task)
+        inputs = self._copied_inputs() if task.tuning.epochs else None
+        fit = self._fit_of(task, solve, beside)
         if task.collected:
             fit.run_without_samples()
         else:
             fit.run(self._hidden, self._arguments_of(task.index))
+        reconstruction = None
+        if inputs is not None:
+            reconstruction = self._reconstruct(task, disk, list(reports), inputs)
+            for name, report in list(reports.items()):
+                reports[name] = recounted(report, disk[name])
+                if name in own:
+                    self._writer.write(task.output, entries[name].entry, disk[name])
         for linear in task.linears:
             name = linear.disk_name
             if name not in reports:
@@ -182,7 +194,68 @@ class BlockWorker:
                     self._writer.write(task.output, entries[name].entry, disk[name])
             reports[name] = fit.described(reports[name], linear.name, entries[name].entry.transposed)
         disk.clear()
-        return self._end_block(task, [reports[linear.disk_name] for linear in task.linears], began, begin)
+        ordered = tuple(reports[linear.disk_name] for linear in task.linears)
+        return replace(self._end_block(task, ordered, began, begin), reconstruction=reconstruction)
+
+    def _begin_dense(self, task: BlockTask) -> DenseStream | None:
+        """Return the dense stream where it runs beside; else carry it through the block, which is dense yet."""
+        if not self._setup.dense_stream:
+            return None
+        block = self._skeleton.blocks[task.index]
+        if task.fit == "lockstep" and any(linear.correction for linear in task.linears):
+            return DenseStream(deepcopy(block), self._dense)
+        run_plain(block, self._dense, self._arguments_of(task.index))
+        return None
+
+    def _copied_inputs(self) -> Activations:
+        """Return copies of the samples' hidden states: those are overwritten."""
+        copies = Activations(self._device, self._parking(self._setup.activations))
+        for hidden in self._hidden:
+            copies.append(hidden.clone())
+        return copies
+
+    def _reconstruct(
+        self, task: BlockTask, disk: Mapping[str, Tensor], names: Sequence[str], inputs: Activations
+    ) -> Reconstruction:
+        """Tune what is kept of the linears that were pruned, if that helps, in ``disk`` and in the block.
+
+        names: on disk. inputs: of the block, of the sparse stream, whose outputs are replaced.
+        """
+        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
+        linears = {linear.name: linear.disk_name for linear in task.linears if linear.disk_name in names}
+        modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
+        before, energy = output_error(self._hidden, self._dense, self._group)
+        samples = Samples(
+            [sample.index for sample in self._samples], inputs, self._dense, task.partition_samples, task.partitions
+        )
+        solved = {name: disk[disk_name] for name, disk_name in linears.items()}
+        after = before
+        if linears and energy:
+            tuned = reconstruct(block, solved, samples, arguments, task.tuning, energy, self._group, self._device)
+            after, _ = self._output_error_with(block, tuned, linears, modules, inputs, arguments)
+            if after < before:
+                for name, disk_name in linears.items():
+                    disk[disk_name].copy_(tuned[name])
+            else:
+                after, _ = self._output_error_with(block, solved, linears, modules, inputs, arguments)
+        return Reconstruction(before / energy if energy else 0.0, after / energy if energy else 0.0)
+
+    def _output_error_with(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        linears: Mapping[str, str],
+        modules: Mapping[str, str],
+        inputs: Activations,
+        arguments: Arguments | None,
+    ) -> tuple[float, float]:
+        """Put weights into a block and carry the samples through it; return how far the outputs are from the dense."""
+        for name, weight in weights.items():
+            self._skeleton.set_parameter(modules[linears[name]], weight)
+        for number in range(len(self._hidden)):
+            self._hidden[number] = inputs[number].clone()
+        run_plain(block, self._hidden, arguments)
+        return output_error(self._hidden, self._dense, self._group)
 
     @torch.inference_mode()
     def collect_block(self, task: BlockTask) -> BlockReport:
@@ -204,9 +277,9 @@ class BlockWorker:
                     continue
                 columns = disk[together.linears[0].disk_name].shape[1]
                 with self._watch.part("statistics"):
+                    shape = together.statistic.shape(columns)
                     total = sum_over_workers(
-                        *(together.statistic, columns, together.nodes, task.partitions, self._group),
-                        *(next(collectors), self._device),
+                        shape, together.nodes, task.partitions, self._group, next(collectors), self._device
                     )
                 if total is not None and together.collected is not None:
                     with self._watch.part("files"):
@@ -234,10 +307,9 @@ class BlockWorker:
             self._reader.begin(task.next_tensors, self._writer.written)
         return disk
 
-    def _fit_of(self, task: BlockTask, solve: Solve) -> BlockFit:
-        block = self._skeleton.blocks[task.index]
+    def _fit_of(self, task: BlockTask, solve: Solve, beside: DenseStream | None = None) -> BlockFit:
         return BlockFit(
-            block,
+            self._skeleton.blocks[task.index],
             self._skeleton.facts(task.index).input_groups,
             task,
             [sample.index for sample in self._samples],
@@ -246,7 +318,7 @@ class BlockWorker:
             self._group,
             self._watch,
             solve,
-            DenseStream(deepcopy(block), self._dense) if self._setup.dense_stream else None,
+            beside,
         )
 
     def _end_block(self, task: BlockTask, reports: Sequence[LinearReport], began: float, begin: float) -> BlockReport:

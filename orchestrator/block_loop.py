@@ -238,4 +238,5 @@ def _told(done: BlockReport, plan: Plan, peak_bytes: Mapping[str, int], keeps: b
         peak_bytes,
         keeps,
         done.linears,
+        done.reconstruction,
     )

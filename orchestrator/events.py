@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from billhook.layerworkers.tasks import LinearReport
+from billhook.layerworkers.tasks import LinearReport, Reconstruction
 
 Phase = Literal["plan", "allocate", "start", "replay", "eval", "copy", "finish"]
 
@@ -145,6 +145,9 @@ class BlockDone:
     """Whether the inputs of the next block are kept for a resume."""
     linears: tuple[LinearReport, ...]
     """How each came out, in the order of execution."""
+    reconstruction: Reconstruction | None = None
+    """Of a block that is tuned: the squared distance of its output from the dense model's, relative to its size, before
+    and after."""
     event: Literal["block"] = "block"
 
     def __str__(self) -> str:
@@ -156,6 +159,9 @@ class BlockDone:
         notes = f", damping raised for {', '.join(raised)}" if raised else ""
         if starved := [linear for linear in self.linears if linear.fallback]:
             notes += f", {len(starved)} linears of experts that few tokens are sent to: {starved[0].fallback}"
+        if self.reconstruction is not None:
+            before, after = self.reconstruction.before, self.reconstruction.after
+            notes += f", block's error {before:.4f}, tuned to {after:.4f}"
         return (
             f"{told}sparsity {sparsity_of(self.linears):.4f}, largest error {worst.error:.4f} ({worst.name}), "
             f"{self.seconds:.1f} s{notes}"

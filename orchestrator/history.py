@@ -23,6 +23,8 @@ SOLVE_KEYS = frozenset(
         "options",
         "fit",
         "correction",
+        "reconstruct",
+        "reconstruct_rate",
         "route",
         "expert_tokens",
         "expert_fallback",

@@ -93,7 +93,12 @@ class Job:
     @property
     def streams(self) -> int:
         """In how many ways each sample is carried through the blocks."""
-        return 2 if self.recipe.correction else 1
+        return 2 if self.recipe.correction or self.recipe.reconstruct else 1
+
+    @property
+    def copies(self) -> int:
+        """How many hidden states of each sample are held: of a block that is tuned, those that entered it, too."""
+        return self.streams + (self.recipe.reconstruct > 0)
 
     def work(self, linear: Linear) -> Work:
         """Return what solving a linear is."""
@@ -124,7 +129,15 @@ class BlockWork:
             for linear in self.linears
         )
         tensors = tuple((tensor.entry.dtype, tensor.entry.size_bytes) for tensor in self.block.tensors)
-        return footprint.hidden_bytes, footprint.running_bytes, waiting, self.next_bytes, linears, tensors
+        return (
+            footprint.hidden_bytes,
+            footprint.running_bytes,
+            footprint.made_bytes,
+            waiting,
+            self.next_bytes,
+            linears,
+            tensors,
+        )
 
     @cached_property
     def groups(self) -> dict[int, list[Linear]]:

@@ -13,6 +13,7 @@ import torch
 
 from billhook.kernels.gram import BAND_ROWS
 from billhook.kernels.products import row_partitions
+from billhook.layerworkers.reconstruction import BATCH_PARTITIONS
 from billhook.layerworkers.reduction import even_ranges, node_count
 from billhook.layerworkers.scratch import BAND_BYTES
 from billhook.layerworkers.shards import DTYPES, FLOAT_DTYPES
@@ -92,7 +93,7 @@ def block_phases(
     weights = _weights(facts.block, recipe)
     ahead = Need(0, facts.next_bytes if placement.read_ahead else 0, 0)
     copied = Need(_compute_bytes(facts.block, recipe) if job.streams > 1 else 0, 0, 0)
-    resident = [at_tier(activations, job.streams * hidden * samples) + weights + copied for samples in own_samples]
+    resident = [at_tier(activations, job.copies * hidden * samples) + weights + copied for samples in own_samples]
     # What is held of a sample that waits is counted without its input where that is kept on the device anyway.
     counted = hidden if activations == "device" else 0
 
@@ -165,6 +166,7 @@ def block_phases(
             [resident[rank] + ahead + held(rank, stage) + solving[rank] + later for rank in range(workers)],
         )
         previous = stage
+    yield "reconstruction", [resident[rank] + ahead + _tuning(job, facts, rank, workers) for rank in range(workers)]
     yield (
         "outputs",
         [
@@ -233,6 +235,25 @@ def _solving(
             solution += _messages_bytes([linear for linears in stage for linear in linears], workers)
         needs.append(Need(held + working, solution, 0))
     return needs
+
+
+def _tuning(job: Job, facts: BlockWork, rank: int, workers: int) -> Need:
+    """Return what tuning what is kept of a block takes: weights, gradients, Adam's moments, and what gradients need.
+
+    Weights, moments and sums in float32 are where a linear is tuned, the compute dtype's and a sample's everywhere.
+    """
+    if not job.recipe.reconstruct:
+        return Need(0, 0, 0)
+    item = getattr(torch, job.recipe.dtype).itemsize
+    sizes = [linear.shape[0] * linear.shape[1] for linear in facts.linears]
+    own = sum(sizes[rank::workers])
+    gradients = sum(sizes) * (item + 4 * BATCH_PARTITIONS + 4)
+    block = _compute_bytes(facts.block, job.recipe)
+    footprint = facts.footprint
+    on_disk = sum(linear.shape[0] * linear.shape[1] * linear.item_bytes for linear in facts.linears)
+    return Need(
+        block + gradients + (4 * 4 + 1) * own + 2 * footprint.made_bytes + footprint.running_bytes, 2 * on_disk, 0
+    )
 
 
 def _messages_bytes(linears: Sequence[Linear], workers: int) -> int:

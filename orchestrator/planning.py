@@ -11,7 +11,7 @@ from typing import Unpack
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import BudgetError, InputError
 from billhook.layerworkers.shards import TensorEntry
-from billhook.layerworkers.tasks import BlockTask, Coverage, LinearTask
+from billhook.layerworkers.tasks import BlockTask, Coverage, LinearTask, Tuning
 from billhook.orchestrator.budgets import VRAM_SHARE, Budgets, resolve_budgets
 from billhook.orchestrator.collected import written_to
 from billhook.orchestrator.devices import (
@@ -126,6 +126,7 @@ class Plan:
             _job(request, self.resources, self.supposed).pace,
             Coverage(recipe.expert_tokens, recipe.expert_fallback),
             self._statistics_of(index, output),
+            Tuning(recipe.reconstruct, recipe.reconstruct_rate),
         )
 
     def _statistics_of(self, index: int, output: Path) -> Mapping[str, TensorEntry]:

@@ -19,13 +19,13 @@ Value = bool | int | float | str
 
 SOLVING_KEYS = (
     *("method", "methods", "options", "sparsity", "pattern", "allocation", "allocation_options"),
-    *("fit", "correction", "collected"),
+    *("fit", "correction", "reconstruct", "reconstruct_rate", "collected"),
 )
 """Keys that mean nothing where statistics are collected."""
 
 SAMPLE_KEYS = (
     *("calibration", "collected", "field", "samples", "seqlen", "seed", "bos", "fit", "correction"),
-    *("partition_samples", "route", "expert_tokens", "expert_fallback"),
+    *("reconstruct", "reconstruct_rate", "partition_samples", "route", "expert_tokens", "expert_fallback"),
     *("activations", "intermediates", "statistics", "keep_inputs"),
 )
 """Keys that mean nothing where statistics that were collected are solved on."""
@@ -79,6 +79,13 @@ class Recipe(BaseModel):
         description="Share of what earlier linears got wrong that a linear's target takes back, by a dense stream run "
         "beside; default the method's own.",
     )
+    reconstruct: int = Field(
+        0,
+        ge=0,
+        description="Passes over the samples in which what is kept of a block is tuned, by gradients, so that its "
+        "output comes near the dense model's.",
+    )
+    reconstruct_rate: float = Field(1e-4, gt=0, lt=1, description="Learning rate of the first of these steps.")
     route: Literal["router", "all"] = Field(
         "router", description="Tokens that an expert is fitted to: those that the router sends there, or all."
     )
@@ -224,6 +231,8 @@ class RunOptions(TypedDict, total=False):
     bos: Literal["auto", "always", "never"]
     fit: Literal["auto", "lockstep", "dense-block"]
     correction: float | None
+    reconstruct: int
+    reconstruct_rate: float
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     dtype: Literal["auto", "bfloat16", "float16", "float32"]

@@ -39,7 +39,8 @@ from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.recipe import SOLVING_KEYS, Recipe, Value, checked_options
 
 DATA_KEYS = (
-    *("field", "samples", "seqlen", "seed", "bos", "fit", "correction", "partition_samples"),
+    *("field", "samples", "seqlen", "seed", "bos", "fit", "correction", "reconstruct", "reconstruct_rate"),
+    "partition_samples",
     *("route", "expert_tokens", "expert_fallback"),
 )
 """Keys of a recipe that mean nothing to methods without calibration."""
@@ -99,8 +100,11 @@ class Request:
 
     @property
     def streams(self) -> int:
-        """In how many ways each sample is carried through the blocks: sparse, and dense beside it where corrected."""
-        return 2 if self.recipe.correction else 1
+        """In how many ways each sample is carried through the blocks: sparse, and dense beside it where that is needed.
+
+        It is where linears are corrected, or blocks reconstructed.
+        """
+        return 2 if self.recipe.correction or self.recipe.reconstruct else 1
 
     @property
     def samples(self) -> int:
@@ -108,7 +112,8 @@ class Request:
         if self.collected is not None:
             return 0
         methods = [self.method, *(solver.method for solver in self.others.values())]
-        return self.recipe.samples if any(method.statistic is not None for method in methods) else 0
+        needed = self.recipe.reconstruct or any(method.statistic is not None for method in methods)
+        return self.recipe.samples if needed else 0
 
     @property
     def partitions(self) -> int:
@@ -184,6 +189,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     )
     chosen, skipped = _choose(opened.layout, recipe, opened.checkpoint.folder)
     _check_widths(chosen, pattern)
+    _check_reconstruction(recipe, opened)
     others = {
         linear.disk_name: solvers[method]
         for linears in chosen
@@ -226,8 +232,8 @@ def _check_collected(recipe: Recipe) -> None:
     """
     if recipe.collected is None:
         return
-    for key, value in (("calibration", recipe.calibration), ("fit", recipe.fit), ("correction", recipe.correction)):
-        if value not in (None, "auto", 0.0):
+    for key in ("calibration", "fit", "correction", "reconstruct"):
+        if (value := getattr(recipe, key)) not in (None, "auto", 0):
             raise OptionError(
                 f"--collected: runs no samples, which {flag_of(key)} {value} is about; leave out one of them"
             )
@@ -457,6 +463,14 @@ def _compile(option: str, patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
         except re.error as error:
             raise OptionError(f"{option} {pattern}: is not a regular expression: {error}") from error
     return compiled
+
+
+def _check_reconstruction(recipe: Recipe, model: Model) -> None:
+    if recipe.reconstruct and any(block.experts for block in model.layout.blocks):
+        raise OptionError(
+            f"--reconstruct {recipe.reconstruct}: {model.checkpoint.folder} is a mixture of experts, through whose "
+            "routing goes no gradient; leave it out"
+        )
 
 
 def _check_widths(chosen: tuple[tuple[Linear, ...], ...], pattern: Pattern) -> None:

@@ -103,8 +103,9 @@ def _statistics_rate(recipe: Recipe, rates: Rates) -> float:
 
 
 def passes(recipe: Recipe) -> int:
-    """Return how often a sample is run through a block."""
-    return 2 if recipe.fit == "dense-block" or recipe.correction else 1
+    """Return how often a sample is run through a block; forward and backward count three times."""
+    tuning = 1 + (not recipe.correction) + 3 * recipe.reconstruct if recipe.reconstruct else 0
+    return (2 if recipe.fit == "dense-block" or recipe.correction else 1) + tuning
 
 
 def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connection: Connection) -> BlockTime:

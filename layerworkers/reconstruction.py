@@ -1,0 +1,144 @@
+"""Tune what a sparse block keeps, so that the block's output comes near the dense model's.
+
+Every worker runs its own samples forward and backward through the block. A step's gradients are summed over the
+workers in the fixed tree, each linear's on one worker, which has its float32 weights and Adam's moments and tells the
+others the new weights: so the bytes do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from billhook.layerworkers.block_facts import Arguments
+from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_
+from billhook.layerworkers.lockstep import output_of
+from billhook.layerworkers.reduction import Node
+from billhook.layerworkers.solving import sum_over_workers
+from billhook.layerworkers.tasks import Tuning
+
+BATCH_PARTITIONS = 2
+"""Partitions of the samples whose gradients make a step: it decides bits, and so many workers have something to do."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One worker's samples before and after a block."""
+
+    indices: Sequence[int]
+    inputs: MutableSequence[Tensor]
+    """Of the sparse stream, [1, T, H]."""
+    targets: Sequence[Tensor]
+    """What the dense model makes of the same samples, [1, T, H]."""
+    partition_samples: int
+    partitions: int
+    """Of all workers together."""
+
+
+def reconstruct(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    samples: Samples,
+    arguments: Arguments | None,
+    tuning: Tuning,
+    energy: float,
+    group: Collective,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return linears' weights [R, C] after tuning what is not 0 in them, the same on every worker; collective.
+
+    Adam (Kingma & Ba, ICLR 2015) on ``sum |f(x; W) - y|^2 / energy``, where f is the block, x an input, y its target.
+
+    block: sparse; left as it is. weights: of its linears, by their names in it, in the dtype of what is returned.
+    energy: a scale of the error, such as the sum of the squared targets.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        tuned = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        parameters = {name: value.detach().clone() for name, value in state.items()}
+        given = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, arguments)
+        roots = {name: number % group.size for number, name in enumerate(weights)}
+        own = {
+            name: weights[name].to(device, torch.float32, copy=True) for name in weights if roots[name] == group.rank
+        }
+        masks = {name: weight != 0 for name, weight in own.items()}
+        optimisers = {name: torch.optim.Adam([weight], lr=tuning.rate, foreach=False) for name, weight in own.items()}
+        steps = list(_batches(samples.partitions)) * tuning.epochs
+        for number, batch in enumerate(steps):
+            nodes = _gradients(block, parameters, list(weights), samples, batch, given, energy)
+            for name, root in roots.items():
+                shape = weights[name].shape
+                total = sum_over_workers((shape.numel(),), nodes.pop(name), len(batch), group, root, device)
+                compute = parameters[f"{name}.weight"]
+                if total is not None:
+                    weight, optimiser = own[name], optimisers[name]
+                    weight.grad = total.view(shape).mul_(masks[name])
+                    optimiser.param_groups[0]["lr"] = tuning.rate * (1 - number / len(steps))
+                    optimiser.step()
+                    weight.grad = None
+                    compute.copy_(weight)
+                broadcast_tensor_(group, root, compute)
+        for name, root in roots.items():
+            if name in own:
+                tuned[name].copy_(own[name])
+            broadcast_tensor_(group, root, tuned[name])
+    return tuned
+
+
+def output_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], group: Collective) -> tuple[float, float]:
+    """Return the squared distance of all workers' outputs from their targets, and the sum of the squared targets."""
+    own = [
+        (
+            float((output.double() - target.double()).square().sum()),
+            float(target.double().square().sum()),
+        )
+        for output, target in zip(outputs, targets, strict=True)
+    ]
+    everyone = [each for of_rank in all_gather(group, own) for each in of_rank]
+    return math.fsum(error for error, _ in everyone), math.fsum(energy for _, energy in everyone)
+
+
+def _batches(partitions: int) -> Iterator[list[int]]:
+    """Yield the partitions of each step: far from each other, so that they are on different workers."""
+    steps = -(-partitions // BATCH_PARTITIONS)
+    for first in range(steps):
+        yield list(range(first, partitions, steps))
+
+
+def _gradients(
+    block: nn.Module,
+    parameters: Mapping[str, Tensor],
+    names: Sequence[str],
+    samples: Samples,
+    batch: Sequence[int],
+    arguments: Arguments | None,
+    energy: float,
+) -> dict[str, list[Node]]:
+    """Return the float32 gradients of linears' weights, flat, summed over this worker's samples of each partition."""
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+    for number, index in enumerate(samples.indices):
+        partition = index // samples.partition_samples
+        if partition not in batch:
+            continue
+        assert arguments is not None
+        args, kwargs = arguments
+        leaves = {f"{name}.weight": parameters[f"{name}.weight"].detach().requires_grad_() for name in names}
+        inputs = samples.inputs[number].clone()
+        with sdpa_kernel(SDPBackend.MATH):  # others' gradients are summed in an order that changes on a GPU
+            output = output_of(functional_call(block, {**parameters, **leaves}, (inputs, *args), dict(kwargs)))
+        loss = (output.float() - samples.targets[number].float()).square().sum() / energy
+        for name, gradient in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            flat = gradient.float().flatten()
+            before = sums[name].get(partition)
+            sums[name][partition] = flat if before is None else before.add_(flat)
+    return {
+        name: [Node(0, batch.index(partition), own[partition]) for partition in sorted(own)]
+        for name, own in sums.items()
+    }
