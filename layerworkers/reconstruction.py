@@ -48,16 +48,14 @@ def reconstruct(
     samples: Samples,
     arguments: Arguments | None,
     tuning: Tuning,
-    energy: float,
     group: Collective,
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Return linears' weights [R, C] after tuning what is not 0 in them, the same on every worker; collective.
 
-    Adam (Kingma & Ba, ICLR 2015) on ``sum |f(x; W) - y|^2 / energy``, where f is the block, x an input, y its target.
-
-    block: sparse; left as it is. weights: of its linears, by their names in it, in the dtype of what is returned.
-    energy: a scale of the error, such as the sum of the squared targets.
+    Adam (Kingma & Ba, ICLR 2015) on :func:`relative_error`, of f(x; W) from y, where f is the block, x an input, y its
+    target. block: sparse; left as it is. weights: of its linears, by their names in it, in the dtype of what is
+    returned.
     """
     with torch.inference_mode(False), torch.enable_grad():
         tuned = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
@@ -72,7 +70,7 @@ def reconstruct(
         optimisers = {name: torch.optim.Adam([weight], lr=tuning.rate, foreach=False) for name, weight in own.items()}
         steps = list(_batches(samples.partitions)) * tuning.epochs
         for number, batch in enumerate(steps):
-            nodes = _gradients(block, parameters, list(weights), samples, batch, given, energy)
+            nodes = _gradients(block, parameters, list(weights), samples, batch, given)
             for name, root in roots.items():
                 shape = weights[name].shape
                 total = sum_over_workers((shape.numel(),), nodes.pop(name), len(batch), group, root, device)
@@ -92,17 +90,21 @@ def reconstruct(
     return tuned
 
 
-def output_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], group: Collective) -> tuple[float, float]:
-    """Return the squared distance of all workers' outputs from their targets, and the sum of the squared targets."""
-    own = [
-        (
-            float((output.double() - target.double()).square().sum()),
-            float(target.double().square().sum()),
-        )
-        for output, target in zip(outputs, targets, strict=True)
-    ]
-    everyone = [each for of_rank in all_gather(group, own) for each in of_rank]
-    return math.fsum(error for error, _ in everyone), math.fsum(energy for _, energy in everyone)
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over tokens of ``|f - y|^2 / |y|^2``, of an output f [..., H] and a target y [..., H].
+
+    What follows a block normalises each token by itself; and without that a few huge ones would be all that counts.
+    """
+    energy = target.square().sum(dim=-1).clamp(min=torch.finfo(target.dtype).tiny)
+    return ((output - target).square().sum(dim=-1) / energy).mean()
+
+
+def output_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], group: Collective) -> float:
+    """Return the mean relative error of all workers' outputs; 0 where there are none."""
+    pairs = zip(outputs, targets, strict=True)
+    own = [float(relative_error(output.double(), target.double())) for output, target in pairs]
+    everyone = [error for of_rank in all_gather(group, own) for error in of_rank]
+    return math.fsum(everyone) / len(everyone) if everyone else 0.0
 
 
 def _batches(partitions: int) -> Iterator[list[int]]:
@@ -119,7 +121,6 @@ def _gradients(
     samples: Samples,
     batch: Sequence[int],
     arguments: Arguments | None,
-    energy: float,
 ) -> dict[str, list[Node]]:
     """Return the float32 gradients of linears' weights, flat, summed over this worker's samples of each partition."""
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in names}
@@ -133,7 +134,7 @@ def _gradients(
         inputs = samples.inputs[number].clone()
         with sdpa_kernel(SDPBackend.MATH):  # others' gradients are summed in an order that changes on a GPU
             output = output_of(functional_call(block, {**parameters, **leaves}, (inputs, *args), dict(kwargs)))
-        loss = (output.float() - samples.targets[number].float()).square().sum() / energy
+        loss = relative_error(output.float(), samples.targets[number].float())
         for name, gradient in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             flat = gradient.float().flatten()
             before = sums[name].get(partition)

@@ -195,7 +195,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The squared distance of a block's output from the dense model's, relative to its size."""
+    """How far a block's output is from the dense model's: the mean over tokens of the relative squared error."""
 
     before: float
     """As the linears were solved."""

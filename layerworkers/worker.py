@@ -224,21 +224,21 @@ class BlockWorker:
         block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
         linears = {linear.name: linear.disk_name for linear in task.linears if linear.disk_name in names}
         modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
-        before, energy = output_error(self._hidden, self._dense, self._group)
+        before = output_error(self._hidden, self._dense, self._group)
         samples = Samples(
             [sample.index for sample in self._samples], inputs, self._dense, task.partition_samples, task.partitions
         )
         solved = {name: disk[disk_name] for name, disk_name in linears.items()}
         after = before
-        if linears and energy:
-            tuned = reconstruct(block, solved, samples, arguments, task.tuning, energy, self._group, self._device)
-            after, _ = self._output_error_with(block, tuned, linears, modules, inputs, arguments)
+        if linears:
+            tuned = reconstruct(block, solved, samples, arguments, task.tuning, self._group, self._device)
+            after = self._output_error_with(block, tuned, linears, modules, inputs, arguments)
             if after < before:
                 for name, disk_name in linears.items():
                     disk[disk_name].copy_(tuned[name])
             else:
-                after, _ = self._output_error_with(block, solved, linears, modules, inputs, arguments)
-        return Reconstruction(before / energy if energy else 0.0, after / energy if energy else 0.0)
+                after = self._output_error_with(block, solved, linears, modules, inputs, arguments)
+        return Reconstruction(before, after)
 
     def _output_error_with(
         self,
@@ -248,7 +248,7 @@ class BlockWorker:
         modules: Mapping[str, str],
         inputs: Activations,
         arguments: Arguments | None,
-    ) -> tuple[float, float]:
+    ) -> float:
         """Put weights into a block and carry the samples through it; return how far the outputs are from the dense."""
         for name, weight in weights.items():
             self._skeleton.set_parameter(modules[linears[name]], weight)

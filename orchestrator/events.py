@@ -146,8 +146,7 @@ class BlockDone:
     linears: tuple[LinearReport, ...]
     """How each came out, in the order of execution."""
     reconstruction: Reconstruction | None = None
-    """Of a block that is tuned: the squared distance of its output from the dense model's, relative to its size, before
-    and after."""
+    """Of a block that is tuned: the relative squared error of its output, from the dense model's, before and after."""
     event: Literal["block"] = "block"
 
     def __str__(self) -> str:
