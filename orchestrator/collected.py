@@ -14,10 +14,9 @@ from typing import Any
 
 from billhook.layerworkers.collected import collected_floats
 from billhook.layerworkers.errors import DamagedRunError, NoRunError, OptionError
-from billhook.layerworkers.methods import COLLECT
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_file
-from billhook.orchestrator.history import Decided, read_history
+from billhook.orchestrator.history import Decided, is_collection, read_history
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.layout import Block, Linear
 from billhook.orchestrator.model import Model
@@ -100,7 +99,7 @@ def open_collected(folder: str, model: Model, chosen: Sequence[Sequence[Linear]]
 def _decided(folder: str | Path) -> Decided:
     path = user_path(folder)
     history = read_history(path) if path.is_dir() else None
-    if history is None or not history.decided or history.decided[-1].fingerprint["recipe"]["method"] != COLLECT.name:
+    if history is None or not is_collection(history):
         raise NoRunError(f"{folder}: holds no collected statistics; 'billhook collect MODEL -o {folder}' makes them")
     if history.done is None:
         raise NoRunError(f"{folder}: the statistics are not complete; run the same 'billhook collect' again")

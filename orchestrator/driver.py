@@ -14,7 +14,6 @@ from typing import Any, Unpack
 from billhook.cluster.session import check_dashboard, remove_leftovers
 from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.errors import InputError, Interrupted, NoRunError, RunError
-from billhook.layerworkers.methods import COLLECT
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
 from billhook.orchestrator.allocating import allocated, store, windows_of
@@ -34,7 +33,14 @@ from billhook.orchestrator.events import (
     sparsity_of,
     together,
 )
-from billhook.orchestrator.history import History, branch_point, check_beforehand, read_history, reports_of
+from billhook.orchestrator.history import (
+    History,
+    branch_point,
+    check_beforehand,
+    is_collection,
+    read_history,
+    reports_of,
+)
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import append
 from billhook.orchestrator.keeping import remove_kept
@@ -194,7 +200,7 @@ def resume(
     before = history.decided[-1]
     asked, resources = read_options(None, merged_options(before.asked["recipe"] | before.asked["resources"], options))
     model = before.source if Path(before.source).is_dir() else before.asked["model"]
-    collects = before.fingerprint["recipe"]["method"] == COLLECT.name
+    collects = is_collection(history)
     return _carry_out(
         (make_collecting_request if collects else make_request)(model, asked),
         target,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.layerworkers.errors import DamagedRunError, OptionError, OtherPlanError
+from billhook.layerworkers.methods import COLLECT
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator.journal import Line, read_journal
 
@@ -96,6 +97,11 @@ def history_of(lines: Sequence[Line]) -> History:
         elif line["kind"] == "done":
             done = line
     return History(tuple(decided), tuple(blocks), kept, rest, done)
+
+
+def is_collection(history: History) -> bool:
+    """Whether it is of statistics that are collected, rather than of a checkpoint."""
+    return bool(history.decided) and history.decided[-1].fingerprint["recipe"]["method"] == COLLECT.name
 
 
 def linear_report(linear: Mapping[str, Any]) -> LinearReport:

@@ -166,7 +166,7 @@ def make_plan(
     """
     recipe, opened = request.recipe, request.model
     job = _job(request, resources, supposed)
-    useful = job.partitions if job.samples else 1
+    useful = request.useful_workers
     here = resolve_workers("auto", opened.device, recipe.threads, useful)
     most = here if resources.workers == "auto" else resources.workers
     wanted = useful if resources.workers == "auto" and resources.address is not None else most
@@ -235,7 +235,7 @@ def with_workers(plan: Plan, workers: int) -> Plan:
     request, resources = plan.request, plan.resources
     opened, work = request.model, block_work(request.model, request.linears, request.recipe.seqlen or 0)
     job = _job(request, resources, plan.supposed)
-    useful = job.partitions if request.samples else 1
+    useful = request.useful_workers
     here = resolve_workers("auto", opened.device, request.recipe.threads, useful)
     arrangement = arrange(
         job,

@@ -116,6 +116,16 @@ class Request:
         return self.recipe.samples if needed else 0
 
     @property
+    def useful_workers(self) -> int:
+        """As many as have something to do."""
+        if self.samples:
+            return self.partitions
+        if self.collected is None:
+            return 1
+        most_rows = max(linear.shape[0] for linears in self.linears for linear in linears)
+        return -(-most_rows // (self.recipe.partition_rows or 1))
+
+    @property
     def partitions(self) -> int:
         """Partitions of the calibration samples."""
         return -(-self.samples // self.recipe.partition_samples)

@@ -11,6 +11,7 @@ from typing import Literal
 from rich.text import Text
 
 from billhook.layerworkers.errors import NoRunError
+from billhook.layerworkers.methods import COLLECT
 from billhook.orchestrator.event_log import read_events
 from billhook.orchestrator.history import history_of
 from billhook.orchestrator.journal import read_journal
@@ -128,7 +129,9 @@ def status_page(found: Status) -> Text:
     """Return a status as a few lines for a person."""
     process = f", process {found.pid} on {found.host}" if found.state == "running" and found.pid else ""
     rows: list[Row] = [("state", f"{found.state}{process}")]
-    if found.model is not None:
+    if found.method == COLLECT.name:
+        rows.append(("collects", f"statistics of the linears of {found.model}"))
+    elif found.model is not None:
         rows.append(("prunes", f"{found.model} with {found.method}, {found.pattern}, sparsity {found.sparsity}"))
     now = time.time()
     if found.doing is not None and found.doing_seconds is not None:
@@ -141,7 +144,7 @@ def status_page(found: Status) -> Text:
         peak_bytes=found.peak_bytes,
         planned_peak_bytes=found.planned_peak_bytes,
         budget_bytes=found.budget_bytes,
-        errors=found.errors,
+        errors={} if found.method == COLLECT.name else found.errors,
         lost=found.lost,
     )
     rows += run_rows(facts, now)

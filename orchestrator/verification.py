@@ -12,14 +12,13 @@ import torch
 
 from billhook.layerworkers.errors import InputError, NoRunError, OptionError, RunError
 from billhook.layerworkers.files import read_bytes
-from billhook.layerworkers.methods import COLLECT
 from billhook.layerworkers.patterns import NM, exact_fraction, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.solving import DENSE
 from billhook.orchestrator.allocation import UNIFORM
 from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_checkpoint, open_file, resolve_model
 from billhook.orchestrator.events import Progress
-from billhook.orchestrator.history import Decided, History, read_history
+from billhook.orchestrator.history import Decided, History, is_collection, read_history
 from billhook.orchestrator.inspection import most_kept, pieces
 from billhook.orchestrator.journal import FOLDER, has_loose_end, journal_path
 from billhook.orchestrator.logits import LogitsCheck, check_logits, prompts_of
@@ -82,7 +81,7 @@ def verify(
     if history.done is None:
         raise NoRunError(f"{output}: the run is not finished; run the same 'billhook prune' command again")
     recipe = history.decided[-1].asked["recipe"]
-    collected = history.decided[-1].fingerprint["recipe"]["method"] == COLLECT.name
+    collected = is_collection(history)
     if collected and logits:
         raise OptionError(f"--logits: {output} holds collected statistics, and no model")
     prompts = prompts_of(recipe, text) if logits else None

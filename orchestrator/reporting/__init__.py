@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from billhook.layerworkers.errors import OutputError
+from billhook.layerworkers.errors import NoRunError, OutputError
+from billhook.orchestrator.history import is_collection, read_history
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.recorded import read_recorded
@@ -49,6 +50,8 @@ def report(output: str | Path, file: str | Path | None = None, *, evaluations: S
         raise OutputError(
             f"-o {file}: is in the output, which holds the checkpoint only; leave it out, or choose another"
         )
+    if is_collection(read_history(folder)):
+        raise NoRunError(f"{output}: holds collected statistics, of which there is no report; see 'billhook status'")
     text = page(read_record(folder), [read_recorded(each) for each in evaluations])
     try:
         _replace(target, text)

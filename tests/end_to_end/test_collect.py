@@ -12,9 +12,23 @@ from families import FAMILIES
 from safetensors.torch import load_file
 from steps import step_of
 
-from billhook.orchestrator import InputError, Interrupted, allocate, collect, prune, resume, solve, status, verify
+from billhook.orchestrator import (
+    InputError,
+    Interrupted,
+    allocate,
+    collect,
+    prune,
+    report,
+    resume,
+    solve,
+    status,
+    verify,
+)
 from billhook.orchestrator.events import Event
 from billhook.orchestrator.interruption import Interruption
+from billhook.orchestrator.recipe import read_options
+from billhook.orchestrator.request import make_request
+from billhook.orchestrator.run_status import status_page
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -109,6 +123,9 @@ def test_an_interrupted_collection_is_gone_on_with(
     assert replayed == [1, 2]
     assert contents(tmp_path / "out") == contents(collected)
     assert status(tmp_path / "out").state == "finished"
+    assert "collects" in status_page(status(tmp_path / "out")).plain
+    with pytest.raises(InputError, match="holds collected statistics, of which there is no report"):
+        report(tmp_path / "out")
 
 
 def test_an_interrupted_solve_is_gone_on_with(collected: Path, tmp_path: Path) -> None:
@@ -224,3 +241,8 @@ def test_a_damaged_file_is_found(collected: Path, tmp_path: Path) -> None:
     path.write_bytes(data[:-100])
     with pytest.raises(InputError, match=r"block-00001.safetensors"):
         solve(copy, tmp_path / "out", method="wanda")
+
+
+def test_several_workers_have_something_to_solve(llama: Path, collected: Path) -> None:
+    recipe, _ = read_options(None, {"collected": str(collected), "partition_rows": 32})
+    assert make_request(llama, recipe).useful_workers == 5  # 144 rows at most
