@@ -134,7 +134,8 @@ def _gradients(
         inputs = samples.inputs[number].clone()
         with sdpa_kernel(SDPBackend.MATH):  # others' gradients are summed in an order that changes on a GPU
             output = output_of(functional_call(block, {**parameters, **leaves}, (inputs, *args), dict(kwargs)))
-        loss = relative_error(output.float(), samples.targets[number].float())
+        # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.
+        loss = output.shape[-2] * relative_error(output.float(), samples.targets[number].float())
         for name, gradient in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             flat = gradient.float().flatten()
             before = sums[name].get(partition)

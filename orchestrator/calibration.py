@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from billhook.layerworkers.errors import InputError, OptionError, TextError
+from billhook.layerworkers.methods import COLLECT, method_named
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.tasks import Sample
 from billhook.orchestrator.paths import user_path
@@ -35,6 +36,15 @@ def default_seqlen(config: Any) -> int:
     return min(2048, getattr(text, "max_position_embeddings", None) or 2048)
 
 
+def _asking(recipe: Recipe) -> str:
+    """Return what of a recipe asks for samples."""
+    method = method_named(recipe.method)
+    if method is COLLECT:
+        return "collect"
+    alone = method.statistic is None and recipe.reconstruct
+    return f"--reconstruct {recipe.reconstruct}" if alone else f"--method {recipe.method}"
+
+
 def calibration_windows(recipe: Recipe, folder: Path, config: Any) -> Windows:
     """Draw the calibration windows that the recipe asks for.
 
@@ -48,7 +58,7 @@ def calibration_windows(recipe: Recipe, folder: Path, config: Any) -> Windows:
     generator = torch.Generator().manual_seed(recipe.seed)
     if recipe.calibration is None:
         raise OptionError(
-            f"--method {recipe.method} needs calibration samples: give --calibration FILE (a text or JSONL file), a "
+            f"{_asking(recipe)} needs calibration samples: give --calibration FILE (a text or JSONL file), a "
             "Hugging Face dataset, or 'random' for random tokens"
         )
     if recipe.calibration == "random":

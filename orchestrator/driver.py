@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from billhook.cluster.session import check_dashboard, remove_leftovers
 from billhook.layerworkers.descriptors import disk_failure
-from billhook.layerworkers.errors import InputError, Interrupted, NoRunError, RunError
+from billhook.layerworkers.errors import InputError, Interrupted, NoRunError, OtherPlanError, RunError
 from billhook.layerworkers.tasks import LinearReport
 from billhook.orchestrator import output as out
 from billhook.orchestrator.allocating import allocated, store, windows_of
@@ -225,8 +225,8 @@ def _carry_out(
     begin = time.monotonic()
     model, recipe, resources = asked
     _check_packages(resources)
+    _check_kind(request, target)
     checkpoint, blocks = request.model.checkpoint, len(request.model.layout.blocks)
-    out.check_free(target, checkpoint)
     windows = windows_of(request)
     existed = target.is_dir()
     with out.locked(target) as lock, contextlib.ExitStack() as stack:
@@ -288,6 +288,15 @@ def _carry_out(
         linears,
         False,
     )
+
+
+def _check_kind(request: Request, target: Path) -> None:
+    """Check that the output may be written to, and holds nothing of another kind."""
+    out.check_free(target, request.model.checkpoint)
+    history = read_history(target)
+    if history.decided and is_collection(history) != (request.collects is not None):
+        there, here = ("statistics", "a checkpoint")[:: -1 if request.collects else 1]
+        raise OtherPlanError(f"{target}: holds {there}, and this makes {here}; choose another folder")
 
 
 def _check_packages(resources: Resources) -> None:

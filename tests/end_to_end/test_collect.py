@@ -208,6 +208,8 @@ def test_statistics_of_another_model_or_of_fewer_linears_are_refused(
         solve(collected, tmp_path / "out", model=make_model(seed=7))
     with pytest.raises(InputError, match="holds no collected statistics; 'billhook collect MODEL"):
         solve(llama, tmp_path / "out")
+    with pytest.raises(InputError, match="holds statistics, and this makes a checkpoint; choose another folder"):
+        solve(collected, collected)
     collect(llama, tmp_path / "some", calibration=str(text_file), exclude=("mlp",), **CALIBRATION)
     with pytest.raises(InputError, match=r"layers.0.mlp.gate_proj.weight was left out when .*; --exclude it"):
         solve(tmp_path / "some", tmp_path / "out", method="wanda")
