@@ -25,6 +25,7 @@ from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.cluster.session import inherited
 from billhook.layerworkers.access import OutputAccess
+from billhook.layerworkers.candidates import BranchTask
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError, UnlikeNodesError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
@@ -288,6 +289,16 @@ class WorkerPool:
         """Look at a dense block's scores; see :meth:`BlockWorker.observe_block`."""
         facts: list[ScoreFacts] = self._call("observe_block", task)[0]
         return facts
+
+    def branch_block(self, task: BranchTask) -> list[float]:
+        """Carry streams through a block and split them; see :meth:`BlockWorker.branch_block`."""
+        deviations: list[float] = self._call("branch_block", task)[0]
+        return deviations
+
+    def candidate_losses(self) -> list[list[WindowLoss]]:
+        """Return the losses of all samples, in order, for each stream; see :meth:`BlockWorker.candidate_losses`."""
+        by_worker: list[list[list[WindowLoss]]] = self._call("candidate_losses")
+        return [[loss for own in stream for loss in own] for stream in zip(*by_worker, strict=True)]
 
     def compare_with_another(self, setup: WorkerSetup) -> None:
         """Go on with another model, from :meth:`start` on; what the model so far has made of the samples is kept."""

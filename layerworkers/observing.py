@@ -48,6 +48,43 @@ class ScoreFacts:
     """Of the squared scores' sum, the share of the smallest 0, 1, 2 ... 100 % of the entries: from 0 to 1."""
 
 
+class InputSquares:
+    """Sums the squares of what enters some linears of a block, by input channel."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Sequence[InputGroup],
+        disk_names: Mapping[str, str],
+        samples: Sequence[int],
+        partition_samples: int,
+        device: torch.device,
+    ):
+        """disk_names: of the linears that count, by their names in the block. samples: this worker's, by position."""
+        self.groups = [each for each in groups if any(name in disk_names for name in each.linears)]
+        """Those of the block's groups that some of the linears belong to."""
+        self._columns = [int(block.get_submodule(each.linears[0]).in_features) for each in self.groups]  # type: ignore[arg-type]
+        self._sums = [Accumulator(COLUMN_SQUARES, width, partition_samples, device) for width in self._columns]
+        self._disk_names, self._samples, self._device = disk_names, samples, device
+
+    def add(self, position: int, at: InputGroup, x: Tensor) -> None:
+        """Add the input x [..., C] of the sample at a position; samples come in order."""
+        self._sums[self.groups.index(at)].add(self._samples[position], x)
+
+    def norms(self, partitions: int, group: Collective) -> dict[str, Tensor]:
+        """Return the 2-norms [C] of each linear's input channels over all samples of all workers, by name on disk."""
+        norms: dict[str, Tensor] = {}
+        for each, own, width in zip(self.groups, self._sums, self._columns, strict=True):
+            total = sum_over_workers((width,), own.nodes(), partitions, group, 0, self._device)
+            squares = broadcast(group, 0, None if total is None else total.cpu().numpy())
+            norms |= {
+                self._disk_names[name]: torch.tensor(squares).sqrt().to(self._device)
+                for name in each.linears
+                if name in self._disk_names
+            }
+        return norms
+
+
 def observe_scores(
     block: nn.Module,
     groups: Sequence[InputGroup],
@@ -67,25 +104,10 @@ def observe_scores(
     disk_names: of the linears that count, by their names in the block. weights: dense, [R, C], by name on disk.
     samples: the indices of this worker's. multiple: of the mean over all these linears, in :attr:`ScoreFacts.above`.
     """
-    seen = [each for each in groups if any(name in disk_names for name in each.linears)]
-    columns = [block.get_submodule(each.linears[0]).in_features for each in seen]
-    sums = [
-        Accumulator(COLUMN_SQUARES, int(width), partition_samples, device)  # type: ignore[arg-type]
-        for width in columns
-    ]
-
-    def on_input(position: int, at: InputGroup, x: Tensor) -> None:
-        sums[seen.index(at)].add(samples[position], x)
-
-    if seen:
-        run_observed(block, seen, hidden, arguments, on_input)
-    norms: dict[str, Tensor] = {}
-    for each, own, width in zip(seen, sums, columns, strict=True):
-        total = sum_over_workers((int(width),), own.nodes(), partitions, group, 0, device)  # type: ignore[arg-type]
-        squares = broadcast(group, 0, None if total is None else total.cpu().numpy())
-        norms |= {
-            disk_names[name]: torch.tensor(squares).sqrt().to(device) for name in each.linears if name in disk_names
-        }
+    squares = InputSquares(block, groups, disk_names, samples, partition_samples, device)
+    if squares.groups:
+        run_observed(block, squares.groups, hidden, arguments, squares.add)
+    norms = squares.norms(partitions, group)
     dealt = list(norms)[group.rank :: group.size]
     totals = _merged(group, {name: score_total(weights[name], norms[name]) for name in dealt})
     entries = sum(weights[name].numel() for name in totals)

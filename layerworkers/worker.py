@@ -17,6 +17,7 @@ from torch.nn import functional
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.block_facts import Arguments
+from billhook.layerworkers.candidates import BranchTask, LoadedBlock, run_branches
 from billhook.layerworkers.collected import write_collected
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
@@ -101,6 +102,7 @@ class BlockWorker:
         for tensor in task.tensors:
             self._skeleton.set_parameter(tensor.module_name, self._reader.read(tensor.entry))
         self._samples, self._arguments = list(samples), None
+        self._candidates: list[Activations] = []
         self._hidden, self._dense = (
             Activations(self._device, self._parking(self._setup.activations)) for _ in range(2)
         )
@@ -387,6 +389,52 @@ class BlockWorker:
         self._drop_block(task.index)
         return facts
 
+    @torch.inference_mode()
+    def branch_block(self, task: BranchTask) -> list[float]:
+        """Carry streams through a block and split them; return how each branch deviates from the dense block.
+
+        The samples are the only stream before the first block. See :func:`run_branches`.
+
+        Raises:
+            InputError: when a weight is NaN or infinite: the tensor is named.
+            RunError: when a hidden state is not finite, or the disk fails.
+        """
+        disk = self._load(task.tensors)
+        self._reader.begin(task.next_tensors)
+        modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
+        self._candidates, deviations = run_branches(
+            LoadedBlock(
+                self._skeleton.blocks[task.index],
+                self._skeleton.facts(task.index).input_groups,
+                dict(task.linears),
+                disk,
+                lambda name, weight: self._skeleton.set_parameter(modules[name], weight),
+                self._arguments_of(task.index),
+            ),
+            self._candidates or [self._hidden],
+            task.branches,
+            self._samples,
+            task.samples,
+            lambda: Activations(self._device, self._parking(self._setup.activations)),
+            self._device,
+            self._group,
+        )
+        for states in self._candidates:
+            self._check_finite_states(task.index, states)
+        disk.clear()
+        self._drop_block(task.index)
+        return deviations
+
+    def candidate_losses(self) -> list[list[WindowLoss]]:
+        """Return the losses of this worker's samples, as :meth:`losses` does, for each stream beyond the last block."""
+        return [
+            [
+                window_loss(self._skeleton.finish(hidden, self._apply_head)[0], sample, self._device)
+                for hidden, sample in zip(states, self._samples, strict=True)
+            ]
+            for states in self._candidates
+        ]
+
     def finish_writing(self) -> None:
         """Wait until this worker's share of every pruned block is on the disk.
 
@@ -458,13 +506,16 @@ class BlockWorker:
         self._moved_bytes += size_bytes
 
     def _check_hidden(self, index: int) -> None:
-        for sample, *states in zip(self._samples, *self._streams, strict=True):
-            for hidden in states:
-                if not torch.isfinite(hidden).all():
-                    raise BlockLostError(
-                        f"block {index}: the output for sample {sample.index} is not finite in {hidden.dtype}; "
-                        "try --dtype float32"
-                    )
+        for states in self._streams:
+            self._check_finite_states(index, states)
+
+    def _check_finite_states(self, index: int, states: Activations) -> None:
+        for sample, hidden in zip(self._samples, states, strict=True):
+            if not torch.isfinite(hidden).all():
+                raise BlockLostError(
+                    f"block {index}: the output for sample {sample.index} is not finite in {hidden.dtype}; "
+                    "try --dtype float32"
+                )
 
     def _arguments_of(self, index: int) -> Arguments | None:
         return None if self._arguments is None else self._arguments[index]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -22,7 +23,14 @@ from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.tasks import ObserveTask
-from billhook.orchestrator.allocation import ALLOCATORS, UNIFORM, Allocation, read_allocation, write_allocation
+from billhook.orchestrator.allocation import (
+    ALLOCATORS,
+    UNIFORM,
+    Allocation,
+    Candidate,
+    read_allocation,
+    write_allocation,
+)
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
 from billhook.orchestrator.allocation.scores import collected_scores
 from billhook.orchestrator.allocation.spectra import spectrum, spectrum_bytes
@@ -34,6 +42,7 @@ from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, make_plan, with_workers
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
+from billhook.orchestrator.trying import Trial, deviations_of, losses_of
 from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
 T = TypeVar("T")
@@ -68,7 +77,7 @@ def allocate(
     if asked.allocation == UNIFORM:
         raise OptionError("--allocation: say which, as erk; see 'billhook methods'")
     request = make_request(model, asked)
-    needs_tokens = not request.is_allocated and ALLOCATORS[request.recipe.allocation].needs == "tokens"
+    needs_tokens = not request.is_allocated and ALLOCATORS[request.recipe.allocation].runs_samples
     windows = windows_of(request) if needs_tokens else None
     report = no_progress if progress is None else progress
     found = allocated(request, resources, windows, target.parent, report).allocation
@@ -114,6 +123,8 @@ def allocated(
             matrices = matrices_of(request.recipe, request.linears)
             return replace(request, allocation=read_allocation(str(stored), matrices))
 
+    scratch = folder / FOLDER if (folder / FOLDER).is_dir() else None
+
     def of_weights(found_in: Callable[[TensorEntry], T]) -> list[list[T]]:
         entries = {tensor.entry.name: tensor.entry for block in request.model.layout.blocks for tensor in block.tensors}
         found = []
@@ -132,16 +143,33 @@ def allocated(
     def scores(multiple: float) -> list[list[ScoreFacts]]:
         if request.collected is not None:
             return _collected_scores(request, multiple, report)
-        scratch = folder / FOLDER if (folder / FOLDER).is_dir() else None
         return dense_scores(make_plan(request, resources, folder), windows, multiple, report, scratch)
 
-    needs_tokens = ALLOCATORS[request.recipe.allocation].needs == "tokens"
-    if needs_tokens and windows is None and request.collected is None:
+    def trial(samples: int) -> Trial:
+        assert windows is not None
+        parked = user_path(resources.scratch or scratch or tempfile.gettempdir())
+        return Trial(request, resources, replace(windows, tokens=windows.tokens[:samples]), parked)
+
+    def deviations(candidates: Sequence[Candidate], samples: int) -> list[list[float]]:
+        return deviations_of(trial(samples), candidates, report)
+
+    def losses(candidates: Sequence[Candidate], samples: int) -> list[float]:
+        return losses_of(trial(samples), candidates, report)
+
+    allocator = ALLOCATORS[request.recipe.allocation]
+    if allocator.needs == "candidates" and request.collected is not None:
+        raise OptionError(
+            f"--allocation {allocator.name}: passes samples through changed models, and --collected runs none; choose "
+            "another allocator, or let 'billhook allocate' write a file for 'solve' to read"
+        )
+    if allocator.runs_samples and windows is None and request.collected is None:
         raise OptionError(
             f"--allocation {request.recipe.allocation} looks at calibration samples, which --method "
             f"{request.recipe.method} does without; choose another of the two"
         )
-    found = allocation_of(request.recipe, request.linears, request.pattern, histograms, spectra, scores)
+    found = allocation_of(
+        *(request.recipe, request.linears, request.pattern, histograms, spectra, scores, deviations, losses)
+    )
     return replace(request, allocation=found)
 
 
@@ -191,7 +219,7 @@ def stored_path(output: Path, request: Request, windows: Windows | None) -> Path
         *(request.model.checkpoint.source().sha256, recipe.allocation, str(request.pattern.sparsity)),
         asdict(allocator_options(recipe.allocation, recipe.allocation_options)),
         [astuple(matrix) for matrix in matrices_of(recipe, request.linears)],
-        [windows.sha256, *seen] if windows and ALLOCATORS[recipe.allocation].needs == "tokens" else [],
+        [windows.sha256, *seen] if windows and ALLOCATORS[recipe.allocation].runs_samples else [],
         request.collected.sha256 if request.collected else "",
     ]
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

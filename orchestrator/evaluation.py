@@ -245,7 +245,7 @@ def _arrange_all(
     Both models' hidden states are there at the end. Each is planned with as if both were as wide as the wider one.
     """
     by_width = sorted(models, key=lambda model: -model.config.get_text_config().hidden_size * _item_bytes(model))
-    logits = sum(_logits_bytes(model, seqlen) for model in models)
+    logits = sum(logits_bytes(model, seqlen) for model in models)
     kept = len(models) * windows
     made = {id(by_width[0]): _arrange(by_width[0], kept, seqlen, limits, workers, scratch, logits)}
     first = made[id(by_width[0])]
@@ -260,7 +260,7 @@ def _item_bytes(model: Model) -> int:
     return item
 
 
-def _logits_bytes(model: Model, seqlen: int) -> int:
+def logits_bytes(model: Model, seqlen: int) -> int:
     """Return what a window's logits take, with all that is made of them.
 
     The logits, with the copies that capping makes; a slice of the head in both dtypes; and of 128 targets the logits

@@ -176,6 +176,20 @@ def block_phases(
     )
 
 
+def changing(facts: BlockWork, recipe: Recipe) -> Need:
+    """Return what it takes to change a block's linears and to run it, beside hidden states between blocks.
+
+    There are the dense weights and the changed ones, one of these in float32, the scores of some rows, and what a
+    sample makes; the next block is read meanwhile.
+    """
+    item = getattr(torch, recipe.dtype).itemsize
+    sizes = [linear.shape[0] * linear.shape[1] for linear in facts.linears]
+    changed = item * sum(sizes) + 4 * max(sizes, default=0) + 5 * BAND_BYTES
+    footprint = facts.footprint
+    running = footprint.running_bytes + 2 * footprint.hidden_bytes
+    return _weights(facts.block, recipe) + Need(changed + running, facts.next_bytes, 0)
+
+
 def sizes_bytes(job: Job, facts: BlockWork, stage: Stage) -> int:
     """Return the bytes of one total of each input of a stage."""
     sizes = ((job.statistic(facts, linears), linears[0].shape[1]) for linears in stage)

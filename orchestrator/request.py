@@ -22,6 +22,7 @@ from billhook.orchestrator.allocation import (
     ALLOCATORS,
     UNIFORM,
     Allocation,
+    Candidate,
     Evidence,
     Matrix,
     allocated,
@@ -387,26 +388,36 @@ def _allocation(
     allocator_options(recipe.allocation, recipe.allocation_options)
     if ALLOCATORS[recipe.allocation].needs != "shapes":
         return None
-    return allocation_of(recipe, chosen, pattern, None, None, None)
+    return allocation_of(recipe, chosen, pattern)
 
 
 def allocation_of(
     recipe: Recipe,
     chosen: tuple[tuple[Linear, ...], ...],
     pattern: Pattern,
-    histograms: Callable[[], list[Histogram]] | None,
-    spectra: Callable[[], list[list[np.ndarray]]] | None,
-    scores: Callable[[float], Sequence[Sequence[ScoreFacts]]] | None,
+    histograms: Callable[[], list[Histogram]] | None = None,
+    spectra: Callable[[], list[list[np.ndarray]]] | None = None,
+    scores: Callable[[float], Sequence[Sequence[ScoreFacts]]] | None = None,
+    deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[float]]] | None = None,
+    losses: Callable[[Sequence[Candidate], int], Sequence[float]] | None = None,
 ) -> Allocation:
     """Return what the recipe's allocator makes of the linears chosen.
 
-    histograms, spectra, scores: see :class:`Evidence`; None where the allocator does not need them.
+    What may be looked at: see :class:`Evidence`; None where the allocator does not need it.
     """
 
     def unknown(*_: object) -> Any:
         raise AssertionError(f"{recipe.allocation} looks at what it does not declare")
 
-    evidence = Evidence(matrices_of(recipe, chosen), histograms or unknown, spectra or unknown, scores or unknown)
+    evidence = Evidence(
+        matrices_of(recipe, chosen),
+        histograms or unknown,
+        spectra or unknown,
+        scores or unknown,
+        [index for index, linears in enumerate(chosen) for _ in linears],
+        deviations or unknown,
+        losses or unknown,
+    )
     options = allocator_options(recipe.allocation, recipe.allocation_options)
     return allocated(recipe.allocation, options, evidence, pattern.sparsity)
 

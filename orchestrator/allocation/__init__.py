@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from billhook.orchestrator.allocation.allocators import ALLOCATORS, UNIFORM
 from billhook.orchestrator.allocation.budget import Matrix, to_budget
-from billhook.orchestrator.allocation.contract import Allocator, Evidence
+from billhook.orchestrator.allocation.contract import Allocator, Candidate, Evidence
 from billhook.orchestrator.allocation.table import (
     Allocation,
     allocated,
@@ -22,6 +22,7 @@ __all__ = [
     "UNIFORM",
     "Allocation",
     "Allocator",
+    "Candidate",
     "Evidence",
     "Matrix",
     "allocated",

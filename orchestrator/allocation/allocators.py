@@ -18,8 +18,11 @@ from billhook.orchestrator.allocation.contract import (
     of_blocks,
     spread_out,
 )
+from billhook.orchestrator.allocation.ecoflap import EcoflapOptions, ecoflap
 from billhook.orchestrator.allocation.knapsack import KnapsackOptions, error_knapsack
 from billhook.orchestrator.allocation.mosaic import MosaicOptions, mosaic
+from billhook.orchestrator.allocation.neuronal import NeuronAlOptions, neuronal
+from billhook.orchestrator.allocation.shapley import SvNupOptions, sv_nup
 
 UNIFORM = "uniform"
 
@@ -174,6 +177,30 @@ ALLOCATORS: dict[str, Allocator] = {
             "tokens",
             KnapsackOptions,
             error_knapsack,
+        ),
+        Allocator(
+            "neuronal",
+            "Cunegatti et al., NeuronAl, TMLR 2025 (arXiv 2411.07066): its block step, as the authors' code has it",
+            "that slope of sparsity over the blocks which changes the norms of activations least",
+            "candidates",
+            NeuronAlOptions,
+            neuronal,
+        ),
+        Allocator(
+            "sv-nup",
+            "Sun et al., SV-NUP, 2025 (arXiv 2505.01731); a reconstruction from its abstract",
+            "blocks with larger Shapley values, in sliding windows of blocks, stay denser",
+            "candidates",
+            SvNupOptions,
+            sv_nup,
+        ),
+        Allocator(
+            "ecoflap",
+            "Sung et al., ECoFLaP, ICLR 2024 (arXiv 2310.02998), its zeroth-order variant, by block",
+            "blocks keep the more, the more the loss changes along a random direction",
+            "candidates",
+            EcoflapOptions,
+            ecoflap,
         ),
     )
 }

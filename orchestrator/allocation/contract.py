@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from billhook.layerworkers.candidates import Change
 from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator.allocation.budget import Matrix
 from billhook.orchestrator.allocation.magnitudes import Histogram
+
+Candidate = Mapping[int, Change]
+"""What is done to some blocks of a model, by their indices; the others stay dense."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,18 @@ class Evidence:
     scores: Callable[[float], Sequence[Sequence[ScoreFacts]]]
     """Returns Wanda's scores in the dense model, of the matrices of each block, given the multiple of the block's mean
     above which they are counted: the calibration samples pass the model."""
+    blocks: Sequence[int]
+    """Index of the block of each matrix."""
+    deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[float]]]
+    """Returns how far each block of each candidate is from the dense block on the same input, see
+    :func:`billhook.layerworkers.candidates.run_branches`: so many calibration samples pass all candidates together."""
+    losses: Callable[[Sequence[Candidate], int], Sequence[float]]
+    """Returns each candidate's mean cross-entropy in nats per token, on so many of the calibration samples."""
+
+    @property
+    def pruned_blocks(self) -> list[int]:
+        """The indices of the blocks of which something is pruned, ascending."""
+        return sorted(set(self.blocks))
 
 
 @dataclass(frozen=True)
@@ -38,11 +54,17 @@ class Allocator:
     """Paper and section."""
     summary: str
     needs: str
-    """``shapes``, ``weights``, or ``tokens``: calibration samples."""
+    """``shapes``, ``weights``, ``tokens`` (calibration samples pass the dense model), or ``candidates`` (they pass
+    changed ones)."""
     options: type[Any]
     """A frozen dataclass of the allocator's own options, each a number with a default."""
     sparsities: Callable[[Evidence, float, Any], list[float]]
     """``sparsities(evidence, sparsity, options)``: of each matrix; they need not add up."""
+
+    @property
+    def runs_samples(self) -> bool:
+        """Whether it looks at calibration samples."""
+        return self.needs in ("tokens", "candidates")
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,12 @@ def check_spread(spread: float) -> None:
     """Check the option ``spread`` of allocators that :func:`spread_out` densities."""
     if not 0 <= spread <= 0.5:
         raise OptionError(f"spread={spread}: expected a number between 0 and 0.5, for example 0.08")
+
+
+def check_samples(samples: int) -> None:
+    """Check the option ``samples`` of allocators that try candidates."""
+    if samples < 1:
+        raise OptionError(f"samples={samples}: expected at least 1, for example 8")
 
 
 def spread_out(scores: Sequence[float], sparsity: float, spread: float) -> list[float]:

@@ -66,7 +66,9 @@ def shares(
 ) -> list[float]:
     """What an allocator makes of the evidence given."""
     allocator = ALLOCATORS[name]
-    evidence = Evidence(matrices, lambda: found, lambda: spectra, lambda multiple: scores)
+    evidence = Evidence(
+        *(matrices, lambda: found, lambda: spectra, lambda multiple: scores, [], lambda *_: [], lambda *_: [])
+    )
     return allocator.sparsities(evidence, sparsity, allocator.options(**options))
 
 
