@@ -96,13 +96,13 @@ def _passed(trial: Trial, candidates: Sequence[Candidate], report: Progress) -> 
     useful = resolve_workers(resources.workers, model.device, request.recipe.threads, count)
     check_gpus(useful, model.device, resources.address)
     counts = range(useful, 0, -1) if resources.workers == "auto" else [useful]
-    way = _arranged(trial, streams, counts)
+    way = arranged_for(trial, streams, counts)
     workers = Workers(way.workers, request.recipe.threads, resources.address, way.workers, resources.dashboard)
     with ExitStack() as stack:
         stack.enter_context(ray_for(workers, model.device, report))
         places = reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)
         if places.size != way.workers:
-            way = _arranged(trial, streams, [places.size])
+            way = arranged_for(trial, streams, [places.size])
         setup = model.worker_setup(workers.threads, way.activations, str(trial.scratch))
         expected = library_versions() | machine_facts(model.device)
         pool = stack.enter_context(start_pool(setup, places, expected=expected))
@@ -155,7 +155,7 @@ def most_streams(candidates: Sequence[Candidate], blocks: int) -> int:
     return most
 
 
-def _arranged(trial: Trial, streams: int, workers: Sequence[int]) -> Arrangement:
+def arranged_for(trial: Trial, streams: int, workers: Sequence[int]) -> Arrangement:
     """Choose where hidden states are kept: those of all streams are samples of a run that prunes nothing.
 
     Raises:

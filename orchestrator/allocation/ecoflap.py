@@ -65,8 +65,7 @@ def ecoflap(evidence: Evidence, sparsity: float, options: EcoflapOptions) -> lis
     """Return sparsities of blocks that keep the more, the more the loss depends on their weights.
 
     A tensor that would keep more than all of its entries leaves the rest to the others: the authors' code adds there
-    what it should subtract. Theirs perturbs each tensor
-    by itself and sums by block; here a block's tensors are changed together.
+    what it should subtract. Theirs perturbs tensors one by one and sums by block; here a block's are changed together.
     """
     blocks = evidence.pruned_blocks
     candidates: list[Candidate] = [

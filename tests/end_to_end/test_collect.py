@@ -128,6 +128,12 @@ def test_an_interrupted_collection_is_gone_on_with(
         report(tmp_path / "out")
 
 
+def test_what_passes_samples_through_changed_models_is_refused(collected: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"neuronal: passes samples through changed models, and --collected runs none"):
+        solve(collected, tmp_path / "out", method="wanda", sparsity=0.6, allocation="neuronal")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_solve_is_gone_on_with(collected: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "admm", "sparsity": 0.6, "partition_rows": 32}
     solve(collected, tmp_path / "whole", workers=1, **options)

@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 
 from billhook.layerworkers.candidates import Branch, Perturb, Prune, perturbed
 from billhook.layerworkers.collective import Alone, all_gather
 from billhook.layerworkers.errors import BudgetError
+from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, allocate
 from billhook.orchestrator.allocation.contract import Candidate
 from billhook.orchestrator.calibration import Windows, deal_samples
 from billhook.orchestrator.events import no_progress
 from billhook.orchestrator.model import Model, open_model
-from billhook.orchestrator.trying import carried, most_streams, split
+from billhook.orchestrator.placing import Arrangement
+from billhook.orchestrator.recipe import read_options
+from billhook.orchestrator.request import make_request
+from billhook.orchestrator.trying import Trial, arranged_for, carried, most_streams, split
 
 WINDOWS = torch.randint(0, 500, (3, 24), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -118,6 +123,22 @@ def test_candidates_together_are_what_each_would_be_alone(llama: Path, opened: M
     assert len({tuple(each) for each in losses}) == len(CANDIDATES) - 1, "the first and the last are alike"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_experts_and_transposed_weights_are_changed_and_restored(make_model: Any, family: str) -> None:
+    model = open_model(make_model(family, torch.float32, **FAMILIES[family]), "cpu", "float32", False)
+    candidates: list[Candidate] = [{}, {0: Prune(0.6)}, {0: Prune(0.0)}, {}]
+    deviations, losses = tried(model, candidates)
+    assert deviations[0] == deviations[2] == [0.0] * len(model.layout.blocks)
+    assert deviations[1][0] > 0
+    assert losses[0] == losses[2] == losses[3]
+    assert losses[1] != losses[0]
+    worker = BlockWorker(model.worker_setup(1), Alone())
+    worker.start(model.layout.stem, [Sample(number, tuple(window)) for number, window in enumerate(WINDOWS)])
+    for block in model.layout.blocks:
+        worker.forward_block(block.index, block.tensors)
+    assert [each.nats for each in worker.losses()] == losses[0]
+
+
 def test_what_is_found_does_not_depend_on_workers_or_on_where_states_are_parked(opened: Model, run_group: Any) -> None:
     alone = tried(opened, CANDIDATES)
     assert tried(opened, CANDIDATES, "disk") == alone
@@ -136,6 +157,24 @@ def test_candidates_are_one_stream_for_as_long_as_they_are_alike() -> None:
     assert stream_of == [0, 3, 4, 1, 2, 0]
     assert most_streams(CANDIDATES, 3) == 5
     assert most_streams([{}, {}], 3) == 1
+
+
+def test_hidden_states_of_all_candidates_are_planned_with_and_parked_where_they_do_not_fit(llama: Path) -> None:
+    options: Any = {"method": "wanda", "sparsity": 0.6, "samples": 8, "seqlen": 64, "dtype": "float32", "workers": 1}
+    streams, states = 4000, 4000 * 8 * 64 * 64 * 4
+
+    def arranged(streams: int, ram: str) -> Arrangement:
+        recipe, resources = read_options(None, {**options, "ram": ram})
+        windows = Windows(((1, 2),) * 8, "")
+        trial = Trial(make_request(llama, recipe), resources, windows, Path("."))
+        return arranged_for(trial, streams, [1])
+
+    one, many = arranged(1, "100GiB"), arranged(streams, "100GiB")
+    assert many.activations == "device"
+    assert many.peak.ram - one.peak.ram >= states * (streams - 1) // streams - (8 << 20)
+    parked = arranged(streams, f"{(one.peak.ram >> 20) + 200}MiB")
+    assert parked.activations == "disk"
+    assert parked.peak.disk >= states
 
 
 def test_candidates_that_fit_no_budget_are_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:

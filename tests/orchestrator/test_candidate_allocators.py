@@ -200,6 +200,23 @@ def test_budgets_are_exact_and_alike_is_uniform(name: str) -> None:
             assert found == pytest.approx([float(sparsity)] * 8)
 
 
+@pytest.mark.parametrize(("name", "options"), [("sv-nup", {"window": 4}), ("ecoflap", {})])
+def test_blocks_in_another_order_get_the_same_shares_in_that_order(name: str, options: dict[str, Any]) -> None:
+    worth, order = [3.0, 0.5, 1.0, 2.0], [2, 0, 3, 1]
+
+    def loss_of(worth: Sequence[float]) -> Callable[[Candidate], float]:
+        def loss(candidate: Candidate) -> float:
+            scales = {each: change.scale if isinstance(change, Perturb) else 1.0 for each, change in candidate.items()}
+            return math.fsum(worth[block] * scale for block, scale in scales.items())
+
+        return loss
+
+    found = shares(name, evidence_of(range(4), loss_of(worth)), 0.6, **options)[::2]
+    turned = shares(name, evidence_of(range(4), loss_of([worth[block] for block in order])), 0.6, **options)[::2]
+    assert turned == pytest.approx([found[block] for block in order])
+    assert len({round(share, 6) for share in found}) == 4
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
