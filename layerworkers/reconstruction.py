@@ -67,7 +67,8 @@ def reconstruct(
             name: weights[name].to(device, torch.float32, copy=True) for name in weights if roots[name] == group.rank
         }
         masks = {name: weight != 0 for name, weight in own.items()}
-        optimisers = {name: torch.optim.Adam([weight], lr=tuning.rate, foreach=False) for name, weight in own.items()}
+        rates = {name: tuning.rate * _size(weight, masks[name]) for name, weight in own.items()}
+        optimisers = {name: torch.optim.Adam([weight], foreach=False) for name, weight in own.items()}
         steps = list(_batches(samples.partitions)) * tuning.epochs
         for number, batch in enumerate(steps):
             nodes = _gradients(block, parameters, list(weights), samples, batch, given)
@@ -78,7 +79,7 @@ def reconstruct(
                 if total is not None:
                     weight, optimiser = own[name], optimisers[name]
                     weight.grad = total.view(shape).mul_(masks[name])
-                    optimiser.param_groups[0]["lr"] = tuning.rate * (1 - number / len(steps))
+                    optimiser.param_groups[0]["lr"] = rates[name] * (1 - number / len(steps))
                     optimiser.step()
                     weight.grad = None
                     compute.copy_(weight)
@@ -105,6 +106,11 @@ def output_error(outputs: Sequence[Tensor], targets: Sequence[Tensor], group: Co
     own = [float(relative_error(output.double(), target.double())) for output, target in pairs]
     everyone = [error for of_rank in all_gather(group, own) for error in of_rank]
     return math.fsum(everyone) / len(everyone) if everyone else 0.0
+
+
+def _size(weight: Tensor, kept: Tensor) -> float:
+    """Return the root mean square of what is kept of a weight."""
+    return math.sqrt(float(weight.double().square().sum()) / max(1, int(kept.sum())))
 
 
 def _batches(partitions: int) -> Iterator[list[int]]:

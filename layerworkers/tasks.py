@@ -116,7 +116,8 @@ class Tuning:
     epochs: int = 0
     """Passes over the samples; 0: it is left as it was solved."""
     rate: float = 0.0
-    """Of Adam, in the first step; it falls to 0 on a straight line."""
+    """Of Adam, in the first step, relative to the root mean square of what is kept of a linear; it falls to 0 on a
+    straight line."""
 
 
 @dataclass(frozen=True)

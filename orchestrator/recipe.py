@@ -85,7 +85,12 @@ class Recipe(BaseModel):
         description="Passes over the samples in which what is kept of a block is tuned, by gradients, so that its "
         "output comes near the dense model's.",
     )
-    reconstruct_rate: float = Field(1e-4, gt=0, lt=1, description="Learning rate of the first of these steps.")
+    reconstruct_rate: float = Field(
+        0.003,
+        gt=0,
+        lt=1,
+        description="What the first of these steps changes, relative to the size of a linear's weights.",
+    )
     route: Literal["router", "all"] = Field(
         "router", description="Tokens that an expert is fitted to: those that the router sends there, or all."
     )

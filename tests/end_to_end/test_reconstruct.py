@@ -18,7 +18,7 @@ from billhook.orchestrator.interruption import Interruption
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32, "reconstruct": 2}
-RATE = 1e-3
+RATE = 0.01
 
 
 def contents(output: Path) -> dict[str, bytes]:
