@@ -100,7 +100,7 @@ def test_tuning_lowers_the_error_and_leaves_zeros_alone() -> None:
         return output_error(outputs, targets, Alone())
 
     before = error_with(weights)
-    found = tuned(setting(), Alone(), Tuning(20, 1e-2))
+    found = tuned(setting(), Alone(), Tuning(20, 0.05))
     assert error_with(found) < 0.6 * before
     for name in NAMES:
         assert torch.equal(found[name] == 0, weights[name] == 0)
@@ -109,7 +109,7 @@ def test_tuning_lowers_the_error_and_leaves_zeros_alone() -> None:
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_no_bit_depends_on_the_number_of_workers(workers: int, run_group: Any) -> None:
-    given, tuning = setting(), Tuning(2, 1e-2)
+    given, tuning = setting(), Tuning(2, 0.05)
     (alone,) = run_group(1, lambda group: tuned(given, group, tuning))  # with as many threads as the others
     for found in run_group(workers, lambda group: tuned(given, group, tuning)):
         assert all(torch.equal(found[name], alone[name]) for name in NAMES)
