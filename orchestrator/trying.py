@@ -174,6 +174,7 @@ def arranged_for(trial: Trial, streams: int, workers: Sequence[int]) -> Arrangem
     work = block_work(model, request.linears, seqlen)
     head = reduce(larger, (changing(facts, recipe) for facts in work), Need(logits_bytes(model, seqlen), 0, 0))
     budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, model.device, None, resources.scratch)
+    here = resolve_workers("auto", model.device, recipe.threads, windows)
     free = max(0, free_disk_bytes(trial.scratch) - DISK_RESERVE_BYTES)
     try:
         return arrange(
@@ -186,6 +187,7 @@ def arranged_for(trial: Trial, streams: int, workers: Sequence[int]) -> Arrangem
             {"activations": resources.activations, "intermediates": "auto", "statistics": "auto"},
             0,
             head,
+            None if resources.address is None else here,
         )
     except DoesNotFitError as error:
         raise BudgetError(
