@@ -54,6 +54,22 @@ class Matrix:
     item_bytes: int
 
 
+def tuning_traffic(matrices: Sequence[Matrix], steps: int, compute_item_bytes: int, workers: int) -> Traffic:
+    """Return the most that :func:`billhook.layerworkers.reconstruction.reconstruct` moves in so many steps.
+
+    In each, two workers at most have a partition's gradients in float32, and a third sums them, some rows of them for
+    another; then everybody gets the new weights.
+    """
+    if workers == 1:
+        return NOTHING
+    entries = sum(matrix.rows * matrix.columns for matrix in matrices)
+    last = sum(matrix.rows * matrix.columns * matrix.item_bytes for matrix in matrices)
+    summing = 4 if workers == 2 else 12
+    moved = entries * steps * (summing + compute_item_bytes * (workers - 1)) + last * (workers - 1)
+    busiest = entries * steps * (4 + 2 * compute_item_bytes) + 2 * last
+    return Traffic(moved, min(moved, busiest), (3 * steps + 1) * len(matrices))
+
+
 def stage_traffic(
     groups: Sequence[Sequence[Matrix]],
     statistics: Sequence[Statistic | None],

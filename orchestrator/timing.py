@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from billhook.kernels.gram import cpu_multiplies_bfloat16
+from billhook.layerworkers.reconstruction import BATCH_PARTITIONS
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.sharing import share_out_stage
-from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic
+from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic, tuning_traffic
 from billhook.orchestrator.job import BlockWork, Job
 from billhook.orchestrator.probe import Rates
 from billhook.orchestrator.recipe import Recipe
@@ -145,6 +146,10 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
             ),
             job.pace,
         )
+    if job.recipe.reconstruct:
+        steps = job.recipe.reconstruct * -(-job.partitions // BATCH_PARTITIONS)
+        tuned = [Matrix(*linear.shape, linear.item_bytes) for linear in facts.linears]
+        traffic += tuning_traffic(tuned, steps, getattr(torch, job.recipe.dtype).itemsize, workers)
     if workers > 1 and job.sums:
         traffic += Traffic(0, 0, facts.routings)
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from billhook.layerworkers.collective import Alone, Collective
+from billhook.layerworkers.collective import Alone, Collective, Counted
 from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.reconstruction import Samples, _batches, _gradients, output_error, reconstruct
 from billhook.layerworkers.reduction import even_ranges, total
+from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import Tuning
+from billhook.layerworkers.traffic import Matrix, tuning_traffic
 
 SAMPLES, TOKENS, WIDTH = 12, 5, 8
 CPU = torch.device("cpu")
@@ -105,6 +107,21 @@ def test_tuning_lowers_the_error_and_leaves_zeros_alone() -> None:
     for name in NAMES:
         assert torch.equal(found[name] == 0, weights[name] == 0)
         assert not torch.equal(found[name], weights[name])
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_no_more_is_moved_than_is_predicted(workers: int, run_group: Any) -> None:
+    given, tuning = setting(), Tuning(2, 0.05)
+
+    def moved(group: Collective) -> int:
+        counts: list[int] = []
+        tuned(given, Counted(group, counts.append, Stopwatch()), tuning)
+        return sum(counts)
+
+    measured = sum(run_group(workers, moved))
+    matrices = [Matrix(weight.shape[0], weight.shape[1], 4) for weight in given[1].values()]
+    predicted = tuning_traffic(matrices, 2 * len(list(_batches(SAMPLES // 2))), 4, workers).moved_bytes
+    assert 0.6 * predicted <= measured <= predicted
 
 
 @pytest.mark.parametrize("workers", [2, 3])
