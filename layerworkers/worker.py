@@ -183,7 +183,8 @@ class BlockWorker:
             fit.run(self._hidden, self._arguments_of(task.index))
         reconstruction = None
         if inputs is not None:
-            reconstruction = self._reconstruct(task, disk, list(reports), inputs)
+            removed_from = [name for name, report in reports.items() if report.removed]
+            reconstruction = self._reconstruct(task, disk, removed_from, inputs)
             for name, report in list(reports.items()):
                 reports[name] = recounted(report, disk[name])
                 if name in own:
@@ -219,9 +220,9 @@ class BlockWorker:
     def _reconstruct(
         self, task: BlockTask, disk: Mapping[str, Tensor], names: Sequence[str], inputs: Activations
     ) -> Reconstruction:
-        """Tune what is kept of the linears that were pruned, if that helps, in ``disk`` and in the block.
+        """Tune what is kept of linears from which something was removed, if that helps, in ``disk`` and in the block.
 
-        names: on disk. inputs: of the block, of the sparse stream, whose outputs are replaced.
+        names: theirs on disk. inputs: of the block, of the sparse stream, whose outputs are replaced.
         """
         block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
         linears = {linear.name: linear.disk_name for linear in task.linears if linear.disk_name in names}

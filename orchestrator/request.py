@@ -123,7 +123,7 @@ class Request:
             return self.partitions
         if self.collected is None:
             return 1
-        most_rows = max(linear.shape[0] for linears in self.linears for linear in linears)
+        most_rows = max((linear.shape[0] for linears in self.linears for linear in linears), default=1)
         return -(-most_rows // (self.recipe.partition_rows or 1))
 
     @property
