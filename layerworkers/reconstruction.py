@@ -8,6 +8,7 @@ others the new weights: so the bytes do not depend on how many there are.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from billhook.layerworkers.lockstep import output_of
 from billhook.layerworkers.reduction import Node
 from billhook.layerworkers.solving import sum_over_workers
 from billhook.layerworkers.tasks import Tuning
+
+_ATTENTION = threading.Lock()
 
 BATCH_PARTITIONS = 2
 """Partitions of the samples whose gradients make a step: it decides bits, and so many workers have something to do."""
@@ -138,7 +141,8 @@ def _gradients(
         args, kwargs = arguments
         leaves = {f"{name}.weight": parameters[f"{name}.weight"].detach().requires_grad_() for name in names}
         inputs = samples.inputs[number].clone()
-        with sdpa_kernel(SDPBackend.MATH):  # others' gradients are summed in an order that changes on a GPU
+        # Others' gradients are summed in an order that changes on a GPU. What is chosen holds for the whole process.
+        with _ATTENTION, sdpa_kernel(SDPBackend.MATH):
             output = output_of(functional_call(block, {**parameters, **leaves}, (inputs, *args), dict(kwargs)))
         # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.
         loss = output.shape[-2] * relative_error(output.float(), samples.targets[number].float())

@@ -37,6 +37,7 @@ from billhook.orchestrator.history import (
     History,
     branch_point,
     check_beforehand,
+    history_of,
     is_collection,
     read_history,
     reports_of,
@@ -293,7 +294,7 @@ def _carry_out(
 def _check_kind(request: Request, target: Path) -> None:
     """Check that the output may be written to, and holds nothing of another kind."""
     out.check_free(target, request.model.checkpoint)
-    history = read_history(target)
+    history = read_history(target) if target.is_dir() else history_of([])
     if history.decided and is_collection(history) != (request.collects is not None):
         there, here = ("statistics", "a checkpoint")[:: -1 if request.collects else 1]
         raise OtherPlanError(f"{target}: holds {there}, and this makes {here}; choose another folder")
