@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_map
 
 from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_
-from billhook.layerworkers.lockstep import output_of
+from billhook.layerworkers.lockstep import output_of, run_plain
 from billhook.layerworkers.reduction import Node
 from billhook.layerworkers.solving import sum_over_workers
-from billhook.layerworkers.tasks import Tuning
+from billhook.layerworkers.tasks import Reconstruction, Tuning
 
 _ATTENTION = threading.Lock()
 
@@ -92,6 +92,44 @@ def reconstruct(
                 tuned[name].copy_(own[name])
             broadcast_tensor_(group, root, tuned[name])
     return tuned
+
+
+def tune_if_better(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    samples: Samples,
+    outputs: MutableSequence[Tensor],
+    arguments: Arguments | None,
+    tuning: Tuning,
+    put: Callable[[str, Tensor], None],
+    group: Collective,
+    device: torch.device,
+) -> Reconstruction:
+    """Tune linears' weights as :func:`reconstruct` does, in place; where that does not help, leave them; collective.
+
+    weights: of linears in the sparse block, by their names in it, [R, C] in the dtype on disk. outputs: the block's, of
+    this worker's samples; replaced by those with the weights as they are in the end. put: puts a weight into the block,
+    given the name of its linear.
+    """
+
+    def error_with(values: Mapping[str, Tensor]) -> float:
+        for name, value in values.items():
+            put(name, value)
+        for number in range(len(outputs)):
+            outputs[number] = samples.inputs[number].clone()
+        run_plain(block, outputs, arguments)
+        return output_error(outputs, samples.targets, group)
+
+    before = output_error(outputs, samples.targets, group)
+    if not weights:
+        return Reconstruction(before, before)
+    tuned = reconstruct(block, weights, samples, arguments, tuning, group, device)
+    after = error_with(tuned)
+    if not after < before:  # nor where it is not a number
+        return Reconstruction(before, error_with(weights))
+    for name, value in tuned.items():
+        weights[name].copy_(value)
+    return Reconstruction(before, after)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:

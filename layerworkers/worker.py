@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
@@ -26,7 +26,7 @@ from billhook.layerworkers.lockstep import DenseStream, run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
-from billhook.layerworkers.reconstruction import Samples, output_error, reconstruct
+from billhook.layerworkers.reconstruction import Samples, tune_if_better
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Skeleton, same_arguments
@@ -224,41 +224,21 @@ class BlockWorker:
 
         names: theirs on disk. inputs: of the block, of the sparse stream, whose outputs are replaced.
         """
-        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
         linears = {linear.name: linear.disk_name for linear in task.linears if linear.disk_name in names}
         modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
-        before = output_error(self._hidden, self._dense, self._group)
-        samples = Samples(
-            [sample.index for sample in self._samples], inputs, self._dense, task.partition_samples, task.partitions
+        return tune_if_better(
+            self._skeleton.blocks[task.index],
+            {name: disk[disk_name] for name, disk_name in linears.items()},
+            Samples(
+                [sample.index for sample in self._samples], inputs, self._dense, task.partition_samples, task.partitions
+            ),
+            self._hidden,
+            self._arguments_of(task.index),
+            task.tuning,
+            lambda name, weight: self._skeleton.set_parameter(modules[linears[name]], weight),
+            self._group,
+            self._device,
         )
-        solved = {name: disk[disk_name] for name, disk_name in linears.items()}
-        after = before
-        if linears:
-            tuned = reconstruct(block, solved, samples, arguments, task.tuning, self._group, self._device)
-            after = self._output_error_with(block, tuned, linears, modules, inputs, arguments)
-            if after < before:
-                for name, disk_name in linears.items():
-                    disk[disk_name].copy_(tuned[name])
-            else:
-                after = self._output_error_with(block, solved, linears, modules, inputs, arguments)
-        return Reconstruction(before, after)
-
-    def _output_error_with(
-        self,
-        block: nn.Module,
-        weights: Mapping[str, Tensor],
-        linears: Mapping[str, str],
-        modules: Mapping[str, str],
-        inputs: Activations,
-        arguments: Arguments | None,
-    ) -> float:
-        """Put weights into a block and carry the samples through it; return how far the outputs are from the dense."""
-        for name, weight in weights.items():
-            self._skeleton.set_parameter(modules[linears[name]], weight)
-        for number in range(len(self._hidden)):
-            self._hidden[number] = inputs[number].clone()
-        run_plain(block, self._hidden, arguments)
-        return output_error(self._hidden, self._dense, self._group)
 
     @torch.inference_mode()
     def collect_block(self, task: BlockTask) -> BlockReport:

@@ -42,6 +42,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hugging Face hub id.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")]
+Grace = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal.")
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML file of the options below.")]
 
 
@@ -199,13 +203,8 @@ def prune_command(
     from_block: Annotated[
         int | None, typer.Option(min=0, help="Keep the blocks before this one and redo the others.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")
-    ] = False,
-    grace: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal."),
-    ] = GRACE_SECONDS,
+    force: Force = False,
+    grace: Grace = GRACE_SECONDS,
     json_output: Json = False,
     *,
     given: Any,
@@ -265,13 +264,8 @@ def collect_command(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the statistics.")],
     recipe: RecipeFile = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")
-    ] = False,
-    grace: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal."),
-    ] = GRACE_SECONDS,
+    force: Force = False,
+    grace: Grace = GRACE_SECONDS,
     json_output: Json = False,
     *,
     given: Any,
@@ -305,13 +299,8 @@ def solve_command(
         str | None, typer.Option(metavar="MODEL", help="The dense model; default: where it was when collected.")
     ] = None,
     recipe: RecipeFile = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on with other library versions than the run was begun with.")
-    ] = False,
-    grace: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="What the block in progress may still take after a signal."),
-    ] = GRACE_SECONDS,
+    force: Force = False,
+    grace: Grace = GRACE_SECONDS,
     json_output: Json = False,
     *,
     given: Any,

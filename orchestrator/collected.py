@@ -14,6 +14,7 @@ from typing import Any
 
 from billhook.layerworkers.collected import collected_floats
 from billhook.layerworkers.errors import DamagedRunError, NoRunError, OptionError
+from billhook.layerworkers.methods import Solver, method_named
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_file
 from billhook.orchestrator.history import Decided, is_collection, read_history
@@ -94,6 +95,25 @@ def open_collected(folder: str, model: Model, chosen: Sequence[Sequence[Linear]]
     entries = tuple(_entries(path, shard) for shard in statistics_files(model, chosen).shards)
     starved = {name: fallback for name, fallback in fallbacks.items() if fallback in ("magnitude", "dense")}
     return Collected(sha256_of(path / FOLDER / MANIFEST), entries, starved, calibration)
+
+
+def as_collected(
+    collected: Collected, chosen: tuple[tuple[Linear, ...], ...], skipped: tuple[Linear, ...]
+) -> tuple[tuple[tuple[Linear, ...], ...], tuple[Linear, ...], dict[str, Solver]]:
+    """Return what is pruned, what is left dense, and by what linears are solved of which nothing was collected.
+
+    These are of experts that too few tokens were sent to.
+    """
+    magnitude = method_named("magnitude")
+    by_magnitude = {
+        name: Solver(magnitude, magnitude.options())
+        for name, fallback in collected.fallbacks.items()
+        if fallback == "magnitude"
+    }
+    dense = {name for name, fallback in collected.fallbacks.items() if fallback == "dense"}
+    left = tuple(linear for linears in chosen for linear in linears if linear.disk_name in dense)
+    pruned = tuple(tuple(linear for linear in linears if linear.disk_name not in dense) for linears in chosen)
+    return pruned, (*skipped, *left), by_magnitude
 
 
 def _decided(folder: str | Path) -> Decided:

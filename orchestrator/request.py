@@ -32,7 +32,7 @@ from billhook.orchestrator.allocation import (
 from billhook.orchestrator.allocation.magnitudes import Histogram
 from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.checkpoint import Checkpoint
-from billhook.orchestrator.collected import Collected, open_collected, statistics_files
+from billhook.orchestrator.collected import Collected, as_collected, open_collected, statistics_files
 from billhook.orchestrator.command import flag_of
 from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, open_model
@@ -210,7 +210,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     _check_methods(recipe, chosen)
     collected = None if recipe.collected is None else open_collected(recipe.collected, opened, chosen)
     if collected is not None:
-        chosen, skipped, starved = _as_collected(collected, chosen, skipped)
+        chosen, skipped, starved = as_collected(collected, chosen, skipped)
         others |= starved
     allocation = _allocation(recipe, pattern, chosen, asked_sparsity)
     if allocation is not None and asked_sparsity is None:
@@ -248,25 +248,6 @@ def _check_collected(recipe: Recipe) -> None:
             raise OptionError(
                 f"--collected: runs no samples, which {flag_of(key)} {value} is about; leave out one of them"
             )
-
-
-def _as_collected(
-    collected: Collected, chosen: tuple[tuple[Linear, ...], ...], skipped: tuple[Linear, ...]
-) -> tuple[tuple[tuple[Linear, ...], ...], tuple[Linear, ...], dict[str, Solver]]:
-    """Return what is pruned, what is left dense, and by what linears are solved of which nothing was collected.
-
-    These are of experts that too few tokens were sent to.
-    """
-    magnitude = method_named("magnitude")
-    by_magnitude = {
-        name: Solver(magnitude, magnitude.options())
-        for name, fallback in collected.fallbacks.items()
-        if fallback == "magnitude"
-    }
-    dense = {name for name, fallback in collected.fallbacks.items() if fallback == "dense"}
-    left = tuple(linear for linears in chosen for linear in linears if linear.disk_name in dense)
-    pruned = tuple(tuple(linear for linear in linears if linear.disk_name not in dense) for linears in chosen)
-    return pruned, (*skipped, *left), by_magnitude
 
 
 def _solvers(recipe: Recipe) -> dict[str, Solver]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from outputs import contents, tensors
 from safetensors.torch import load_file
 from steps import step_of
 
@@ -33,15 +34,6 @@ from billhook.orchestrator.run_status import status_page
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32}
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
-
-
-def tensors(output: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in output.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")

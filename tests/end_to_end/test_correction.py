@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from safetensors.torch import load_file
+from outputs import contents, tensors
 from steps import step_of
 
 from billhook.orchestrator import Interrupted, prune, verify
@@ -18,11 +18,6 @@ from billhook.orchestrator.interruption import Interruption
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32, "method": "auto"}
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +73,9 @@ def test_a_branch_may_begin_to_correct(llama: Path, text_file: Path, tmp_path: P
     prune(llama, tmp_path / "out", **{**options, "correction": 0.0})
     result = prune(llama, tmp_path / "out", from_block=2, **options)
     prune(llama, tmp_path / "plain", **{**options, "correction": 0.0})
-    plain, branched = load_all(tmp_path / "plain"), load_all(result.output)
+    plain, branched = tensors(tmp_path / "plain"), tensors(result.output)
     differing = {name for name in plain if not torch.equal(plain[name], branched[name])}
     assert differing == {linear.name for linear in result.linears if ".layers.2." in linear.name}
-
-
-def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt2", "gemma2"])
@@ -94,7 +85,7 @@ def test_families_of_all_kinds_are_corrected(make_model: Any, family: str, text_
     corrected = prune(model, tmp_path / "corrected", **asked)
     plain = prune(model, tmp_path / "plain", **{**asked, "correction": 0.0})
     assert verify(corrected.output).ok
-    one, other = load_all(corrected.output), load_all(plain.output)
+    one, other = tensors(corrected.output), tensors(plain.output)
     same = {name for name in one if torch.equal(one[name], other[name])}
     own = {linear.name for linear in corrected.linears}
     # Of the first block, what is not yet preceded by anything sparse has nothing to take back.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from safetensors.torch import load_file
+from outputs import contents, tensors
 from steps import step_of
 
 from billhook.orchestrator import InputError, Interrupted, prune, verify
@@ -19,15 +19,6 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CALIBRATION: dict[str, Any] = {"samples": 18, "seqlen": 32, "partition_rows": 32, "reconstruct": 2}
 RATE = 0.01
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
-
-
-def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def test_each_block_comes_nearer_to_the_dense_model(
     assert "tuned to" in str(blocks[0])
     plain = tmp_path / "plain"
     prune(llama, plain, workers=2, calibration=str(text_file), **{**CALIBRATION, "reconstruct": 0})
-    tuned, solved = load_all(whole), load_all(plain)
+    tuned, solved = tensors(whole), tensors(plain)
     pruned = [linear.name for linear in blocks[0].linears]
     assert not any(torch.equal(tuned[name], solved[name]) for name in pruned)
     # The linears of the first block were solved alike, and what was removed stays so.
@@ -131,7 +122,7 @@ def test_what_does_not_help_is_not_done(llama: Path, text_file: Path, tmp_path: 
     asked: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "method": "wanda", "workers": 2}
     prune(llama, tmp_path / "thrown", **{**asked, "reconstruct_rate": 0.9})
     prune(llama, tmp_path / "plain", **{**asked, "reconstruct": 0})
-    thrown, plain = load_all(tmp_path / "thrown"), load_all(tmp_path / "plain")
+    thrown, plain = tensors(tmp_path / "thrown"), tensors(tmp_path / "plain")
     assert all(torch.equal(thrown[name], plain[name]) for name in plain)
 
 
