@@ -81,7 +81,7 @@ class BlockFit:
                 each.shown_all = shown_all[path]
 
     def run_without_samples(self) -> None:
-        """Prune the block by what was collected of the inputs of its linears, or by nothing."""
+        """Prune the block by what was collected of the inputs of its linears; no sample goes through it."""
         for stage in in_stages(self._groups, self._at_once):
             if stage[0].linears:
                 self._solve_stage(stage, {})

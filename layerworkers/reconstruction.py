@@ -26,6 +26,7 @@ from billhook.layerworkers.solving import sum_over_workers
 from billhook.layerworkers.tasks import Reconstruction, Tuning
 
 _ATTENTION = threading.Lock()
+"""Held while attention's implementation is chosen and used: torch keeps the choice for the whole process."""
 
 BATCH_PARTITIONS = 2
 """Partitions of the samples whose gradients make a step: it decides bits, and so many workers have something to do."""
@@ -58,7 +59,7 @@ def reconstruct(
 
     Adam (Kingma & Ba, ICLR 2015) on :func:`relative_error`, of f(x; W) from y, where f is the block, x an input, y its
     target. block: sparse; left as it is. weights: of its linears, by their names in it, in the dtype of what is
-    returned.
+    returned. device: where the block is.
     """
     with torch.inference_mode(False), torch.enable_grad():
         tuned = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
@@ -179,7 +180,7 @@ def _gradients(
         args, kwargs = arguments
         leaves = {f"{name}.weight": parameters[f"{name}.weight"].detach().requires_grad_() for name in names}
         inputs = samples.inputs[number].clone()
-        # Others' gradients are summed in an order that changes on a GPU. What is chosen holds for the whole process.
+        # Other implementations sum gradients in an order that changes on a GPU.
         with _ATTENTION, sdpa_kernel(SDPBackend.MATH):
             output = output_of(functional_call(block, {**parameters, **leaves}, (inputs, *args), dict(kwargs)))
         # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.

@@ -11,8 +11,9 @@ from torch import Tensor
 from billhook.layerworkers.collected import read_collected
 from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.observing import ScoreFacts, score_facts, score_total
-from billhook.layerworkers.shards import TensorEntry, read_tensor
+from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.statistics import COLUMN_SQUARES
+from billhook.layerworkers.transfer import read_finite
 from billhook.orchestrator.layout import Linear
 
 
@@ -37,13 +38,13 @@ def collected_scores(
         entry, columns = inputs[linears[linear]], linear.shape[1]
         return read_collected(entry, COLUMN_SQUARES, columns, torch.device("cpu"), read_bytes).sqrt()
 
-    totals = {linear: score_total(read_tensor(weights[linear.disk_name]), norms_of(linear)) for linear in linears}
+    def weight_of(linear: Linear) -> Tensor:
+        return read_finite(weights[linear.disk_name], read_bytes)
+
+    totals = {linear: score_total(weight_of(linear), norms_of(linear)) for linear in linears}
     entries = sum(linear.shape[0] * linear.shape[1] for linear in linears)
     limit = multiple * math.fsum(totals.values()) / max(entries, 1)
     return [
-        score_facts(
-            *(linear.disk_name, read_tensor(weights[linear.disk_name]), norms_of(linear)),
-            *(totals[linear], limit, multiple),
-        )
+        score_facts(linear.disk_name, weight_of(linear), norms_of(linear), totals[linear], limit, multiple)
         for linear in linears
     ]

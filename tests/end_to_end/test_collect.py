@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from billhook.orchestrator import (
     status,
     verify,
 )
+from billhook.orchestrator.allocation.scores import collected_scores
 from billhook.orchestrator.events import Event
 from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.recipe import read_options
@@ -246,3 +248,18 @@ def test_a_damaged_file_is_found(collected: Path, tmp_path: Path) -> None:
 def test_several_workers_have_something_to_solve(llama: Path, collected: Path) -> None:
     recipe, _ = read_options(None, {"collected": str(collected), "partition_rows": 32})
     assert make_request(llama, recipe).useful_workers == 5  # 144 rows at most
+
+
+def test_a_weight_that_is_no_number_has_no_score(llama: Path, collected: Path, tmp_path: Path) -> None:
+    """The model is not read otherwise before its scores are looked at."""
+    recipe, _ = read_options(None, {"collected": str(collected), "method": "wanda"})
+    request = make_request(llama, recipe)
+    block, linear = request.model.layout.blocks[0], request.linears[0][0]
+    entry = next(tensor.entry for tensor in block.tensors if tensor.entry.name == linear.disk_name)
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"\xff" * entry.stop_bytes)  # all NaN in any float dtype
+    assert request.collected is not None
+    first = block.groups[linear.group].linears[0]
+    weights = {linear.disk_name: replace(entry, path=str(bad))}
+    with pytest.raises(InputError, match=f"tensor {linear.disk_name} holds NaN or infinity"):
+        collected_scores(request.collected.entries[0], weights, {linear: first}, 5.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outputs import contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from steps import step_of
@@ -36,12 +37,6 @@ from billhook.orchestrator.request import make_request
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CALIBRATION: dict[str, Any] = {"method": "sparsegpt", "samples": 10, "seqlen": 32, "partition_rows": 32, "workers": 1}
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    """Everything that must not depend on how a run went."""
-    files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    return {**files, "manifest": (output / "billhook" / "manifest.json").read_bytes()}
 
 
 def prune_until(blocks: int, model: Path, output: Path, **options: Any) -> None:
