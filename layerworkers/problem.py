@@ -14,7 +14,7 @@ from torch import Tensor
 from billhook.kernels.factor import NotPositiveDefiniteError, inverse_, inverse_upper_factor_
 from billhook.kernels.gram import mirror_lower_
 from billhook.kernels.products import matmul_by_rows
-from billhook.layerworkers.collective import Collective, Load, broadcast, broadcast_tensor_, tensor_load
+from billhook.layerworkers.collective import Collective, Load, Rows, broadcast, broadcast_tensor_, tensor_load
 from billhook.layerworkers.errors import IllConditionedError, NotFiniteError
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.stopwatch import Stopwatch
@@ -142,6 +142,8 @@ class LinearProblem:
     _diagonal_C: Tensor = field(default_factory=lambda: torch.empty(0))
     """Of the Gram, once that is overwritten."""
     _linear: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    _gradient_squares: Tensor | None = None
+    _rows: Rows = (0, 0)
     _answers: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def column_squares(self) -> Tensor:
@@ -215,10 +217,26 @@ class LinearProblem:
             return weight_RC + share * cross_KC[first_row : first_row + len(weight_RC)]
         return weight_RC + share * matmul_by_rows(weight_RC, cross_KC, self.partition_rows)
 
-    def turn_to(self, linear: Tensor) -> None:
-        """Say which linear is solved next: all its rows, dense, [R, C] as on disk, which every solver has."""
-        self._linear = linear
+    def turn_to(self, linear: Tensor, gradient_squares: Tensor | None = None) -> None:
+        """Say which linear is solved next: all its rows, dense, [R, C] as on disk, which every solver has.
+
+        gradient_squares: of all its rows, [R, C] float32, where the method asks for them.
+        """
+        self._linear, self._gradient_squares = linear, gradient_squares
+        self._rows = 0, len(linear)
         self._answers.pop(_COLUMN_MAGNITUDES, None)
+
+    def turn_to_rows(self, first: int, last: int) -> None:
+        """Say which rows of the linear at hand are solved next."""
+        self._rows = first, last
+
+    def gradient_squares(self) -> Tensor:
+        """Return the mean over samples of the squared gradient of each weight of the rows at hand, [R, C] float32.
+
+        That of what the method declares: see :attr:`billhook.layerworkers.methods.Method.rounds`.
+        """
+        assert self._gradient_squares is not None, "the method does not declare that it asks for gradients"
+        return self._gradient_squares[slice(*self._rows)].to(self.device)
 
     def column_magnitudes(self) -> Tensor:
         """Return the 1-norm of each column over all rows of the linear at hand, [C] float32."""

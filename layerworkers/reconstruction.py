@@ -1,49 +1,21 @@
-"""Tune what a sparse block keeps, so that the block's output comes near the dense model's.
-
-Every worker runs its own samples forward and backward through the block. A step's gradients are summed over the
-workers in the fixed tree, each linear's on one worker, which has its float32 weights and Adam's moments and tells the
-others the new weights: so the bytes do not depend on how many there are.
-"""
+"""Tune what a sparse block keeps, so that the block's output comes near the dense model's."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_
-from billhook.layerworkers.lockstep import output_of, run_plain
-from billhook.layerworkers.reduction import Node
-from billhook.layerworkers.solving import sum_over_workers
+from billhook.layerworkers.gradients import Differentiable, Samples, descend, roots_of
+from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.tasks import Reconstruction, Tuning
-
-_ATTENTION = threading.Lock()
-"""Held while attention's implementation is chosen and used: torch keeps the choice for the whole process."""
 
 BATCH_PARTITIONS = 2
 """Partitions of the samples whose gradients make a step: it decides bits, and so many workers have something to do."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """One worker's samples before and after a block."""
-
-    indices: Sequence[int]
-    inputs: MutableSequence[Tensor]
-    """Of the sparse stream, [1, T, H]."""
-    targets: Sequence[Tensor]
-    """What the dense model makes of the same samples, [1, T, H]."""
-    partition_samples: int
-    partitions: int
-    """Of all workers together."""
 
 
 def reconstruct(
@@ -58,36 +30,33 @@ def reconstruct(
     """Return linears' weights [R, C] after tuning what is not 0 in them, the same on every worker; collective.
 
     Adam (Kingma & Ba, ICLR 2015) on :func:`relative_error`, of f(x; W) from y, where f is the block, x an input, y its
-    target. block: sparse; left as it is. weights: of its linears, by their names in it, in the dtype of what is
-    returned. device: where the block is.
+    target; on the worker that has a linear's float32 weights and moments. block: sparse; left as it is. weights: of its
+    linears, by their names in it, in the dtype of what is returned. device: where the block is.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False):
         tuned = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-        state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        parameters = {name: value.detach().clone() for name, value in state.items()}
-        given = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, arguments)
-        roots = {name: number % group.size for number, name in enumerate(weights)}
+        roots = roots_of(list(weights), group)
         own = {
             name: weights[name].to(device, torch.float32, copy=True) for name in weights if roots[name] == group.rank
         }
         masks = {name: weight != 0 for name, weight in own.items()}
         rates = {name: tuning.rate * _size(weight, masks[name]) for name, weight in own.items()}
         optimisers = {name: torch.optim.Adam([weight], foreach=False) for name, weight in own.items()}
-        steps = list(_batches(samples.partitions)) * tuning.epochs
-        for number, batch in enumerate(steps):
-            nodes = _gradients(block, parameters, list(weights), samples, batch, given)
-            for name, root in roots.items():
-                shape = weights[name].shape
-                total = sum_over_workers((shape.numel(),), nodes.pop(name), len(batch), group, root, device)
-                compute = parameters[f"{name}.weight"]
-                if total is not None:
-                    weight, optimiser = own[name], optimisers[name]
-                    weight.grad = total.view(shape).mul_(masks[name])
-                    optimiser.param_groups[0]["lr"] = rates[name] * (1 - number / len(steps))
-                    optimiser.step()
-                    weight.grad = None
-                    compute.copy_(weight)
-                broadcast_tensor_(group, root, compute)
+        steps = list(batches(samples.partitions)) * tuning.epochs
+
+        def loss(output: Tensor, position: int) -> Tensor:
+            # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.
+            return output.shape[-2] * relative_error(output.float(), samples.targets[position].float())
+
+        def update(name: str, step: int, gradient_RC: Tensor) -> Tensor:
+            weight, optimiser = own[name], optimisers[name]
+            weight.grad = gradient_RC.mul_(masks[name])
+            optimiser.param_groups[0]["lr"] = rates[name] * (1 - step / len(steps))
+            optimiser.step()
+            weight.grad = None
+            return weight
+
+        descend(Differentiable(block, list(weights), arguments), samples, steps, loss, update, group, device)
         for name, root in roots.items():
             if name in own:
                 tuned[name].copy_(own[name])
@@ -155,41 +124,8 @@ def _size(weight: Tensor, kept: Tensor) -> float:
     return math.sqrt(float(weight.double().square().sum()) / max(1, int(kept.sum())))
 
 
-def _batches(partitions: int) -> Iterator[list[int]]:
+def batches(partitions: int) -> Iterator[list[int]]:
     """Yield the partitions of each step: far from each other, so that they are on different workers."""
     steps = -(-partitions // BATCH_PARTITIONS)
     for first in range(steps):
         yield list(range(first, partitions, steps))
-
-
-def _gradients(
-    block: nn.Module,
-    parameters: Mapping[str, Tensor],
-    names: Sequence[str],
-    samples: Samples,
-    batch: Sequence[int],
-    arguments: Arguments | None,
-) -> dict[str, list[Node]]:
-    """Return the float32 gradients of linears' weights, flat, summed over this worker's samples of each partition."""
-    sums: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-    for number, index in enumerate(samples.indices):
-        partition = index // samples.partition_samples
-        if partition not in batch:
-            continue
-        assert arguments is not None
-        args, kwargs = arguments
-        leaves = {f"{name}.weight": parameters[f"{name}.weight"].detach().requires_grad_() for name in names}
-        inputs = samples.inputs[number].clone()
-        # Other implementations sum gradients in an order that changes on a GPU.
-        with _ATTENTION, sdpa_kernel(SDPBackend.MATH):
-            output = output_of(functional_call(block, {**parameters, **leaves}, (inputs, *args), dict(kwargs)))
-        # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.
-        loss = output.shape[-2] * relative_error(output.float(), samples.targets[number].float())
-        for name, gradient in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-            flat = gradient.float().flatten()
-            before = sums[name].get(partition)
-            sums[name][partition] = flat if before is None else before.add_(flat)
-    return {
-        name: [Node(0, batch.index(partition), own[partition]) for partition in sorted(own)]
-        for name, own in sums.items()
-    }

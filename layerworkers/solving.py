@@ -89,6 +89,7 @@ def solve_stage(
     group: Collective,
     device: torch.device,
     watch: Stopwatch,
+    gradient_squares: Mapping[str, Tensor] | None = None,
 ) -> Iterator[LinearReport]:
     """Prune the linears of input groups that are known at the same time; collective over ``group``.
 
@@ -96,6 +97,7 @@ def solve_stage(
 
     weights: the dense weights by name on disk, [R, C] in their dtype on disk, on the CPU. On every worker each is
     overwritten by its sparse form before its report is yielded; zeros are positive where anything was removed.
+    gradient_squares: of the weights whose methods ask for them, by name on disk, [R, C] float32, on the CPU.
 
     Raises:
         RunError: when a solve fails: the linear is named.
@@ -121,9 +123,11 @@ def solve_stage(
     # Where each has groups of its own, all are reduced before the first is solved: nobody waits for a sum meanwhile.
     for together, own, problem in zip(groups, ranges, list(problems) if dealt else problems, strict=True):
         for linear, rows in zip(together.linears, own, strict=True):
-            dense = weights[linear.disk_name]
+            dense, squares = weights[linear.disk_name], (gradient_squares or {}).get(linear.disk_name)
             shares.append(
-                None if problem is None else _solve_share(linear, dense, rows, group, problem, together.of_output)
+                None
+                if problem is None
+                else _solve_share(linear, dense, squares, rows, group, problem, together.of_output)
             )
         if problem is not None:
             problem.forget()
@@ -227,6 +231,7 @@ def _unpacked(packed: Packed, span: Rows, shape: tuple[int, ...]) -> Tensor:
 def _solve_share(
     linear: LinearTask,
     weight: Tensor,
+    gradient_squares: Tensor | None,
     ranges: Sequence[Rows],
     group: Collective,
     problem: LinearProblem,
@@ -237,7 +242,7 @@ def _solve_share(
     if start == stop:
         return None
     method = method_named(linear.method)
-    problem.turn_to(weight)
+    problem.turn_to(weight, gradient_squares)
     owners = [rank for rank, (first, last) in enumerate(ranges) if first < last]
     dense = weight[start:stop]
     sparse = torch.empty_like(dense)
@@ -248,6 +253,7 @@ def _solve_share(
     select = Selector(linear.pattern, method.within_rows, group.subgroup([group.rank] if local else owners))
     for first, last in pieces:
         rows = dense[first:last].to(problem.device, torch.float32, copy=True)
+        problem.turn_to_rows(start + first, start + last)
         try:
             if linear.correction:
                 rows = problem.corrected(rows, start + first, linear.correction, of_output)

@@ -16,12 +16,13 @@ from billhook.layerworkers.collective import (
     busiest_bytes,
     message_bytes,
     messages,
+    tensor_load,
 )
 from billhook.layerworkers.methods import Solver
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.reduction import even_ranges, node_count, reduction_rounds
 from billhook.layerworkers.sharing import Pace, Work, share_out_stage, shared_load, shared_of, work_of
-from billhook.layerworkers.statistics import Statistic
+from billhook.layerworkers.statistics import COLUMN_SQUARES, Statistic
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Traffic:
             self.busiest_bytes + other.busiest_bytes,
             self.exchanges + other.exchanges,
         )
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(times * self.moved_bytes, times * self.busiest_bytes, times * self.exchanges)
 
 
 NOTHING = Traffic(0, 0, 0)
@@ -68,6 +72,19 @@ def tuning_traffic(matrices: Sequence[Matrix], steps: int, compute_item_bytes: i
     moved = entries * steps * (summing + compute_item_bytes * (workers - 1)) + last * (workers - 1)
     busiest = entries * steps * (4 + 2 * compute_item_bytes) + 2 * last
     return Traffic(moved, min(moved, busiest), (3 * steps + 1) * len(matrices))
+
+
+def squares_traffic(matrices: Sequence[Matrix], partitions: int, workers: int) -> Traffic:
+    """Return what :meth:`billhook.layerworkers.gradients.GradientSquares.totals` moves."""
+    if workers == 1:
+        return NOTHING
+    nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
+    traffic = NOTHING
+    for number, matrix in enumerate(matrices):
+        entries = matrix.rows * matrix.columns
+        traffic += _reduction(COLUMN_SQUARES, entries, nodes, number % workers)
+        traffic += _broadcast(tensor_load((matrix.rows, matrix.columns)), workers - 1)
+    return traffic
 
 
 def stage_traffic(

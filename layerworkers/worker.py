@@ -22,13 +22,15 @@ from billhook.layerworkers.collected import write_collected
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
 from billhook.layerworkers.fitting import BlockFit, Solve
+from billhook.layerworkers.gradients import Samples
 from billhook.layerworkers.lockstep import DenseStream, run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
-from billhook.layerworkers.reconstruction import Samples, tune_if_better
+from billhook.layerworkers.reconstruction import tune_if_better
+from billhook.layerworkers.regional import output_gradient_squares, regional, tune_in_rounds
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
-from billhook.layerworkers.shards import TensorEntry, read_rows
+from billhook.layerworkers.shards import DTYPES, TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Skeleton, same_arguments
 from billhook.layerworkers.solving import Together, left_dense, recounted, solve_stage, sum_over_workers
 from billhook.layerworkers.stopwatch import Stopwatch
@@ -165,17 +167,18 @@ class BlockWorker:
             if entry.name not in pruned:
                 self._writer.write(task.output, entry, disk.get(entry.name))
         reports: dict[str, LinearReport] = {}
+        beside = self._begin_dense(task)
+        inputs = self._copied_inputs() if task.tuning.epochs else None
+        gradient_squares = self._tune_region(task, disk)
 
         def solve(groups: Sequence[Together]) -> None:
             with self._watch.part("solving"):
-                for report in solve_stage(groups, disk, task, self._group, self._device, self._watch):
-                    reports[report.name] = report
+                for report in solve_stage(groups, disk, task, self._group, self._device, self._watch, gradient_squares):
+                    reports[report.name] = self._rounded(report, disk, entries[report.name].entry)
                     self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
                     if report.name in own and not task.tuning.epochs:
                         self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
-        beside = self._begin_dense(task)
-        inputs = self._copied_inputs() if task.tuning.epochs else None
         fit = self._fit_of(task, solve, beside)
         if task.collected:
             fit.run_without_samples()
@@ -199,6 +202,50 @@ class BlockWorker:
         disk.clear()
         ordered = tuple(reports[linear.disk_name] for linear in task.linears)
         return replace(self._end_block(task, ordered, began, begin), reconstruction=reconstruction)
+
+    def _tune_region(self, task: BlockTask, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean squared gradients of the weights whose methods ask for them, by name on disk.
+
+        Where these tune the block first, the weights in ``disk`` are in float32 from now on.
+        """
+        linears, rounds = regional(task.linears)
+        if not linears:
+            return {}
+        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
+        indices = [sample.index for sample in self._samples]
+        names = {linear.name: linear.disk_name for linear in linears}
+        modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
+        targets = self._copied_inputs()
+        run_plain(block, targets, arguments)
+        samples = Samples(indices, self._hidden, targets, task.partition_samples, task.partitions)
+        parking = self._parking(task.placement.statistics)
+        found = output_gradient_squares(block, list(names), samples, arguments, parking, self._group, self._device)
+        squares = {names[name]: found[name] for name in found}
+        if rounds.count:
+            disk.update({name: disk[name].float() for name in names.values()})
+
+        def put(name: str, weight: Tensor) -> None:
+            self._skeleton.set_parameter(modules[names[name]], weight)
+
+        def solve(groups: Sequence[Together]) -> None:
+            with self._watch.part("solving"):
+                for report in solve_stage(groups, disk, task, self._group, self._device, self._watch, squares):
+                    self._skeleton.set_parameter(modules[report.name], disk[report.name])
+
+        def prune() -> None:
+            self._fit_of(replace(task, linears=tuple(linears)), solve).run(self._copied_inputs(), arguments)
+
+        masters = {name: disk[disk_name] for name, disk_name in names.items()}
+        tune_in_rounds(block, masters, samples, arguments, rounds, prune, put, self._group, self._device)
+        return squares
+
+    @staticmethod
+    def _rounded(report: LinearReport, disk: dict[str, Tensor], entry: TensorEntry) -> LinearReport:
+        """Return a linear's report once its weight has the dtype that it has on disk."""
+        if disk[report.name].dtype == DTYPES[entry.dtype]:
+            return report
+        disk[report.name] = disk[report.name].to(DTYPES[entry.dtype])
+        return recounted(report, disk[report.name])
 
     def _begin_dense(self, task: BlockTask) -> DenseStream | None:
         """Return the dense stream where it runs beside; else carry it through the block, which is dense yet."""

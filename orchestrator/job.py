@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from billhook.layerworkers.block_facts import Footprint, deviations_of
-from billhook.layerworkers.methods import Method, Solver
+from billhook.layerworkers.methods import Method, Rounds, Solver
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.sharing import (
     CPU_FLOPS_PER_SECOND,
@@ -97,8 +97,22 @@ class Job:
 
     @property
     def copies(self) -> int:
-        """How many hidden states of each sample are held: of a block that is tuned, those that entered it, too."""
-        return self.streams + (self.recipe.reconstruct > 0)
+        """How many hidden states of each sample are held: of a block that is tuned, those that entered it, too.
+
+        Of one that is tuned in rounds, what goes through it in a round, and what is to come out.
+        """
+        return self.streams + (self.recipe.reconstruct > 0) + (2 if self.rounds is not None else 0)
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """What is done to each block before it is pruned for good, where a method asks for the gradients of it."""
+        solvers = [Solver(self.method, self.options), *self.others.values()]
+        asked = [each.method.rounds(each.options) for each in solvers if each.method.rounds is not None]
+        return max(asked, key=lambda each: each.count, default=None)
+
+    def in_rounds(self, facts: BlockWork) -> list[Linear]:
+        """Return the linears of a block whose methods ask for gradients."""
+        return [linear for linear in facts.linears if self.solver(linear).method.rounds is not None]
 
     def work(self, linear: Linear) -> Work:
         """Return what solving a linear is."""

@@ -92,7 +92,12 @@ def block_phases(
     hidden, running = facts.footprint.hidden_bytes, facts.footprint.running_bytes
     weights = _weights(facts.block, recipe)
     ahead = Need(0, facts.next_bytes if placement.read_ahead else 0, 0)
-    copied = Need(_compute_bytes(facts.block, recipe) if job.streams > 1 else 0, 0, 0)
+    # The dense block; weights and mean squared gradients, in float32, of what is tuned in rounds.
+    copied = Need(
+        _compute_bytes(facts.block, recipe) if job.streams > 1 else 0,
+        8 * sum(linear.shape[0] * linear.shape[1] for linear in job.in_rounds(facts)),
+        0,
+    )
     resident = [at_tier(activations, job.copies * hidden * samples) + weights + copied for samples in own_samples]
     # What is held of a sample that waits is counted without its input where that is kept on the device anyway.
     counted = hidden if activations == "device" else 0
@@ -166,7 +171,8 @@ def block_phases(
             [resident[rank] + ahead + held(rank, stage) + solving[rank] + later for rank in range(workers)],
         )
         previous = stage
-    yield "reconstruction", [resident[rank] + ahead + _tuning(job, facts, rank, workers) for rank in range(workers)]
+    for phase, needs in _tuning_phases(job, facts, placement, most_waiting):
+        yield phase, [resident[rank] + ahead + need for rank, need in enumerate(needs)]
     yield (
         "outputs",
         [
@@ -251,23 +257,41 @@ def _solving(
     return needs
 
 
-def _tuning(job: Job, facts: BlockWork, rank: int, workers: int) -> Need:
-    """Return what tuning what is kept of a block takes: weights, gradients, Adam's moments, and what gradients need.
+def _tuning_phases(
+    job: Job, facts: BlockWork, placement: Placement, most_waiting: Sequence[int]
+) -> Iterator[tuple[str, list[Need]]]:
+    """Yield each phase in which gradients of a block are taken, with what every worker needs in it.
+
+    most_waiting: by worker, the most partial sums of a total that wait for their siblings.
+    """
+    workers = len(most_waiting)
+    in_rounds = job.in_rounds(facts)
+    if in_rounds:
+        squares = 4 * sum(linear.shape[0] * linear.shape[1] for linear in in_rounds)
+        summing = _gradients(job, facts, in_rounds) + Need(squares, 0, 0)
+        yield "gradients", [summing + at_tier(placement.statistics, waiting * squares) for waiting in most_waiting]
+        yield "rounds", [_tuning(job, facts, in_rounds, rank, workers) for rank in range(workers)]
+    if job.recipe.reconstruct:
+        yield "reconstruction", [_tuning(job, facts, facts.linears, rank, workers) for rank in range(workers)]
+
+
+def _tuning(job: Job, facts: BlockWork, linears: Sequence[Linear], rank: int, workers: int) -> Need:
+    """Return what tuning linears of a block takes: weights, gradients, Adam's moments, and what gradients need.
 
     Weights, moments and sums in float32 are where a linear is tuned, the compute dtype's and a sample's everywhere.
     """
-    if not job.recipe.reconstruct:
-        return Need(0, 0, 0)
-    item = getattr(torch, job.recipe.dtype).itemsize
-    sizes = [linear.shape[0] * linear.shape[1] for linear in facts.linears]
-    own = sum(sizes[rank::workers])
-    gradients = sum(sizes) * (item + 4 * BATCH_PARTITIONS + 4)
-    block = _compute_bytes(facts.block, job.recipe)
-    footprint = facts.footprint
-    on_disk = sum(linear.shape[0] * linear.shape[1] * linear.item_bytes for linear in facts.linears)
-    return Need(
-        block + gradients + (4 * 4 + 1) * own + 2 * footprint.made_bytes + footprint.running_bytes, 2 * on_disk, 0
-    )
+    sizes = [linear.shape[0] * linear.shape[1] for linear in linears]
+    on_disk = sum(linear.shape[0] * linear.shape[1] * linear.item_bytes for linear in linears)
+    sums = sum(sizes) * 4 * BATCH_PARTITIONS
+    return _gradients(job, facts, linears) + Need(sums + (4 * 4 + 1) * sum(sizes[rank::workers]), 2 * on_disk, 0)
+
+
+def _gradients(job: Job, facts: BlockWork, linears: Sequence[Linear]) -> Need:
+    """Return what one sample's gradients by the weights of some linears take, in the compute dtype and in float32."""
+    item, footprint = getattr(torch, job.recipe.dtype).itemsize, facts.footprint
+    size = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    running = 2 * footprint.made_bytes + footprint.running_bytes
+    return Need(_compute_bytes(facts.block, job.recipe) + (item + 4) * size + running, 0, 0)
 
 
 def _messages_bytes(linears: Sequence[Linear], workers: int) -> int:

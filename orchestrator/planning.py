@@ -311,7 +311,8 @@ def _cadence(
         return 0
     if resources.keep_inputs == "auto":
         seconds = sum(time.seconds for time in times) + arrangement.extra_seconds
-        forward = sum(time.forward for time in times) / passes(request.recipe)
+        job = _job(request, resources, NOTHING_SUPPOSED)
+        forward = sum(time.forward for time in times) / passes(job)
         every = keep_every(blocks, seconds / blocks, size / rates.disk_bytes, forward / blocks)
     else:
         every = resources.keep_inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
     )
     chosen, skipped = _choose(opened.layout, recipe, opened.checkpoint.folder)
     _check_widths(chosen, pattern)
-    _check_reconstruction(recipe, opened)
+    _check_gradients(recipe, opened, solvers.values())
     others = {
         linear.disk_name: solvers[method]
         for linears in chosen
@@ -467,11 +467,25 @@ def _compile(option: str, patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
     return compiled
 
 
-def _check_reconstruction(recipe: Recipe, model: Model) -> None:
-    if recipe.reconstruct and any(block.experts for block in model.layout.blocks):
+def _check_gradients(recipe: Recipe, model: Model, solvers: Iterable[Solver]) -> None:
+    """Check that what asks for gradients of a block can have them.
+
+    Raises:
+        OptionError: where not.
+    """
+    asking = [solver.method.name for solver in solvers if solver.method.rounds is not None]
+    if asking and recipe.collected is not None:
         raise OptionError(
-            f"--reconstruct {recipe.reconstruct}: {model.checkpoint.folder} is a mixture of experts, through whose "
-            "routing goes no gradient; leave it out"
+            f"--method {asking[0]}: asks for gradients of the blocks, which --collected has none of; choose another "
+            "method, or use 'billhook prune'"
+        )
+    if not any(block.experts for block in model.layout.blocks):
+        return
+    flags = [f"--reconstruct {recipe.reconstruct}"] * (recipe.reconstruct > 0) + [f"--method {name}" for name in asking]
+    for flag in flags:
+        raise OptionError(
+            f"{flag}: {model.checkpoint.folder} is a mixture of experts, through whose routing goes no gradient; leave "
+            "it out"
         )
 
 

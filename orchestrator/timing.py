@@ -15,7 +15,7 @@ from billhook.kernels.gram import cpu_multiplies_bfloat16
 from billhook.layerworkers.reconstruction import BATCH_PARTITIONS
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.sharing import share_out_stage
-from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, stage_traffic, tuning_traffic
+from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, squares_traffic, stage_traffic, tuning_traffic
 from billhook.orchestrator.job import BlockWork, Job
 from billhook.orchestrator.probe import Rates
 from billhook.orchestrator.recipe import Recipe
@@ -80,18 +80,20 @@ class _Flops:
 def _flops(job: Job, facts: BlockWork) -> _Flops:
     recipe = job.recipe
     tokens, on_gpu = job.samples * (recipe.seqlen or 0), recipe.device != "cpu"
+    times = 1 if job.rounds is None else 1 + job.rounds.count
     inputs = [
         (linears[0], job.statistic(facts, linears), job.shared(facts, linears)) for linears in facts.groups.values()
     ]
     return _Flops(
-        passes(recipe) * facts.forward_flops(tokens),
-        sum(
+        passes(job) * facts.forward_flops(tokens),
+        times
+        * sum(
             facts.share(first) * statistic.flops(tokens, first.shape[1], on_gpu)
             for first, statistic, _ in inputs
             if statistic is not None
         ),
         sum(shared.flops for _, _, shared in inputs),
-        sum(job.work(linear).flops for linear in facts.linears),
+        times * sum(job.work(linear).flops for linear in facts.linears),
     )
 
 
@@ -103,10 +105,15 @@ def _statistics_rate(recipe: Recipe, rates: Rates) -> float:
     return rates.flops if exact else rates.float32_flops
 
 
-def passes(recipe: Recipe) -> int:
-    """Return how often a sample is run through a block; forward and backward count three times."""
+def passes(job: Job) -> float:
+    """Return how often a sample is run through a block, on average; forward and backward count three times."""
+    recipe = job.recipe
+    solving = 2 if recipe.fit == "dense-block" or recipe.correction else 1
     tuning = 1 + (not recipe.correction) + 3 * recipe.reconstruct if recipe.reconstruct else 0
-    return (2 if recipe.fit == "dense-block" or recipe.correction else 1) + tuning
+    if (rounds := job.rounds) is None:
+        return solving + tuning
+    tuned = min(1.0, rounds.samples / max(1, job.samples))
+    return solving + tuning + 1 + 3 + rounds.count * (solving + 3 * tuned)
 
 
 def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connection: Connection) -> BlockTime:
@@ -146,10 +153,17 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
             ),
             job.pace,
         )
+    item = getattr(torch, job.recipe.dtype).itemsize
+    if (rounds := job.rounds) is not None:
+        solving, traffic = solving * (1 + rounds.count), traffic * (1 + rounds.count)
+        tuned = [Matrix(*linear.shape, 4) for linear in job.in_rounds(facts)]
+        first = min(job.partitions, -(-rounds.samples // size))
+        traffic += tuning_traffic(tuned, -(-first // BATCH_PARTITIONS), item, workers) * rounds.count
+        traffic += squares_traffic(tuned, job.partitions, workers)
     if job.recipe.reconstruct:
         steps = job.recipe.reconstruct * -(-job.partitions // BATCH_PARTITIONS)
         tuned = [Matrix(*linear.shape, linear.item_bytes) for linear in facts.linears]
-        traffic += tuning_traffic(tuned, steps, getattr(torch, job.recipe.dtype).itemsize, workers)
+        traffic += tuning_traffic(tuned, steps, item, workers)
     if workers > 1 and job.sums:
         traffic += Traffic(0, 0, facts.routings)
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)

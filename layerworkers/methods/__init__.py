@@ -21,7 +21,7 @@ from billhook.layerworkers.methods.alps import ALPS
 from billhook.layerworkers.methods.auto import AUTO
 from billhook.layerworkers.methods.chain import chain
 from billhook.layerworkers.methods.collect import COLLECT
-from billhook.layerworkers.methods.contract import Method, Refinement, Solution, Solver
+from billhook.layerworkers.methods.contract import Method, Refinement, Rounds, Solution, Solver
 from billhook.layerworkers.methods.dsnot import DSNOT
 from billhook.layerworkers.methods.iht import IHT
 from billhook.layerworkers.methods.magnitude import MAGNITUDE
@@ -32,10 +32,14 @@ from billhook.layerworkers.methods.sparsegpt import SPARSEGPT
 from billhook.layerworkers.methods.swaps import SWAPS
 from billhook.layerworkers.methods.thanos import THANOS
 from billhook.layerworkers.methods.wanda import WANDA, WANDA_CUMULATIVE
+from billhook.layerworkers.methods.wanda_plus_plus import WANDA_PLUS_PLUS
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, RIA, SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS)
+    for method in (
+        *(AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, WANDA_PLUS_PLUS, RIA),
+        *(SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS),
+    )
 }
 
 UNLISTED = {COLLECT.name: COLLECT}
@@ -74,7 +78,10 @@ def method_named(name: str) -> Method:
     """
     if name in UNLISTED:
         return UNLISTED[name]
-    first, *others = name.split("+")
+    # The name of a method may end in plus signs.
+    whole = max((each for each in METHODS if name == each or name.startswith(f"{each}+")), key=len, default="")
+    first, *others = [whole, *name[len(whole) + 1 :].split("+")] if whole else name.split("+")
+    others = others if name != whole else []
     if first not in METHODS:
         raise OptionError(f"--method {name}: unknown{nearest(first, [*METHODS])}; known are {', '.join(METHODS)}")
     for other in others:
@@ -93,6 +100,7 @@ __all__ = [
     "UNLISTED",
     "Method",
     "Refinement",
+    "Rounds",
     "Solution",
     "Solver",
     "method_named",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from billhook.layerworkers.collective import Load
 from billhook.layerworkers.errors import OptionError
-from billhook.layerworkers.methods.contract import Method, Refinement, Solution
+from billhook.layerworkers.methods.contract import Method, Refinement, Rounds, Solution
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.statistics import Statistic, covering
@@ -34,6 +34,7 @@ def chain(first: Method, refinements: Sequence[Refinement]) -> Method:
             solution = each.refine(dense_RC, solution, problem, select.pattern, _of(each, options))
         return solution
 
+    rounds_of: Callable[[Any], Rounds] = first.rounds or (lambda options: Rounds(0, 0, 0.0))
     forms = frozenset[str]().union(*(part.forms for part in parts))
     return dataclasses.replace(
         first,
@@ -46,6 +47,7 @@ def chain(first: Method, refinements: Sequence[Refinement]) -> Method:
         solve=solve,
         selections=lambda columns, options: first.selections(columns, _of(first, options)),
         counts=lambda columns, options: first.counts(columns, _of(first, options)),
+        rounds=None if first.rounds is None else lambda options: rounds_of(_of(first, options)),
         flops=lambda rows, columns, options: sum(part.flops(rows, columns, _of(part, options)) for part in parts),
         launches=lambda columns, options: sum(part.launches(columns, _of(part, options)) for part in parts),
         factor_flops=lambda columns: sum(part.factor_flops(columns) for part in parts),

@@ -32,6 +32,17 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """How often a block is pruned and tuned before it is pruned for good: see :mod:`billhook.layerworkers.regional`."""
+
+    count: int
+    samples: int
+    """Of the calibration samples, the first so many, on which it is tuned."""
+    rate: float
+    """Of RMSprop."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table of methods."""
 
@@ -65,6 +76,8 @@ class Method:
     """``counts(columns, options)``: sums of one number over all workers in one unstructured solve."""
     correction: float = 0.0
     """Share of the deviation from the dense model that targets take back where the recipe leaves it to the method."""
+    rounds: Callable[[Any], Rounds] | None = None
+    """``rounds(options)`` of a method that asks for the gradients of the block's output; None: it does not."""
     adaptive: bool = False
     """Whether the data decide how many selections and counts there are; those declared are then the most."""
 

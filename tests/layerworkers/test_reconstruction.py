@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from billhook.layerworkers.collective import Alone, Collective, Counted
+from billhook.layerworkers.gradients import Differentiable, Samples, summed_gradients
 from billhook.layerworkers.lockstep import run_plain
-from billhook.layerworkers.reconstruction import Samples, _batches, _gradients, output_error, reconstruct
+from billhook.layerworkers.reconstruction import batches, output_error, reconstruct, relative_error
 from billhook.layerworkers.reduction import even_ranges, total
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import Tuning
@@ -67,9 +68,12 @@ def tuned(given: Any, group: Collective, tuning: Tuning) -> dict[str, Tensor]:
 def test_gradients_are_those_of_the_summed_error() -> None:
     block, weights, inputs, targets, arguments = setting()
     samples = Samples(range(SAMPLES), inputs, targets, 2, SAMPLES // 2)
-    parameters = dict(block.named_parameters())
-    batch = [1, 4]
-    nodes = _gradients(block, parameters, NAMES, samples, batch, arguments)
+    differentiable = Differentiable(block, NAMES, arguments)
+
+    def loss(output: Tensor, position: int) -> Tensor:
+        return TOKENS * relative_error(output, targets[position])
+
+    nodes = summed_gradients(differentiable, samples, [1, 4], loss)
     found = {name: total(each, 2).view(weights[name].shape) for name, each in nodes.items()}
     block.requires_grad_(True)
     error = sum(
@@ -86,9 +90,9 @@ def test_gradients_are_those_of_the_summed_error() -> None:
 
 @pytest.mark.parametrize("partitions", [1, 2, 7, 8])
 def test_every_partition_is_in_one_batch(partitions: int) -> None:
-    batches = list(_batches(partitions))
-    assert sorted(each for batch in batches for each in batch) == list(range(partitions))
-    assert all(batch == sorted(batch) for batch in batches)
+    found = list(batches(partitions))
+    assert sorted(each for batch in found for each in batch) == list(range(partitions))
+    assert all(batch == sorted(batch) for batch in found)
 
 
 def test_tuning_lowers_the_error_and_leaves_zeros_alone() -> None:
@@ -120,7 +124,7 @@ def test_no_more_is_moved_than_is_predicted(workers: int, run_group: Any) -> Non
 
     measured = sum(run_group(workers, moved))
     matrices = [Matrix(weight.shape[0], weight.shape[1], 4) for weight in given[1].values()]
-    predicted = tuning_traffic(matrices, 2 * len(list(_batches(SAMPLES // 2))), 4, workers).moved_bytes
+    predicted = tuning_traffic(matrices, 2 * len(list(batches(SAMPLES // 2))), 4, workers).moved_bytes
     assert 0.6 * predicted <= measured <= predicted
 
 
