@@ -59,7 +59,8 @@ def solve_with_problem(
         statistic = torch.zeros(method.statistic.shape(x.shape[1]))
         method.statistic.add_(statistic, x)
     problem = LinearProblem(statistic, x.shape[1], 16, Alone(), torch.device("cpu"), forms=len(method.forms))
-    problem.turn_to(w)
+    gradient_squares = torch.rand(w.shape, generator=torch.Generator().manual_seed(2)) * x.square().sum(dim=0)
+    problem.turn_to(w, gradient_squares)
     select = Selector(pattern, method.within_rows, Alone())
     return method.solve(w.clone(), problem, select, method.options(**options)), problem
 

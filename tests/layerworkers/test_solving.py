@@ -74,8 +74,14 @@ def solved(
             nodes = accumulator.nodes(park=parking is not None)
         together.append(Together(linears, nodes, statistic, of_output))
     own = {name: weight.clone() for name, weight in weights.items()}
-    reports = solve_stage(together, own, task, group, torch.device("cpu"), Stopwatch())
+    reports = solve_stage(together, own, task, group, torch.device("cpu"), Stopwatch(), gradient_squares(weights))
     return [Solved(own[report.name], report) for report in reports]
+
+
+def gradient_squares(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a method that asks for gradients is told of them."""
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
 def deviation(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -234,8 +240,8 @@ def test_a_worker_that_has_sent_its_sums_holds_them_no_more_while_it_solves(
     alive: list[bool] = []
     solve_share = solving._solve_share
 
-    def watched(linear: Any, weight: Any, ranges: Any, group: Any, *others: Any) -> Any:
-        share = solve_share(linear, weight, ranges, group, *others)
+    def watched(linear: Any, weight: Any, squares: Any, ranges: Any, group: Any, *others: Any) -> Any:
+        share = solve_share(linear, weight, squares, ranges, group, *others)
         if group.rank == 1:
             alive.extend(each() is not None for each in sums[1])
         return share
