@@ -45,7 +45,7 @@ def output_gradient_squares(
     for index, hidden in zip(samples.indices, samples.inputs, strict=True):
         squares.add(index, differentiable.of_weights(hidden, lambda output: output.float().norm()))
     count = sum(all_gather(group, len(samples.indices)))
-    return {name: total.div_(count) for name, total in squares.totals(samples.partitions, group).items()}
+    return {name: total / count for name, total in squares.totals(samples.partitions, group).items()}
 
 
 def tuned_once(
