@@ -36,6 +36,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     Raises:
         InputError: when there is none, or transformers does not know the architecture.
     """
+    _import_generation()
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -55,6 +56,20 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             "transformers nor one of image and text (an architecture with its own code needs --trust-remote-code)"
         )
     return config
+
+
+def _import_generation() -> None:
+    """Import what every model class of transformers imports, without scikit-learn where that is installed.
+
+    It, and pandas with it, is for assisted generation alone; it would take each process a second or two and 100 MB.
+    """
+    from transformers import utils
+
+    whether, utils.is_sklearn_available = utils.is_sklearn_available, lambda: False
+    try:
+        import transformers.generation.utils  # noqa: F401
+    finally:
+        utils.is_sklearn_available = whether
 
 
 def _empty_model(config: Any, path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
