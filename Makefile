@@ -1,11 +1,11 @@
-# make demo | make test | make docs | make test-faults | make test-nodes | make test-families | make test-browser | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
+# make demo | make test | make test-thorough | make docs | make test-faults | make test-nodes | make test-families | make test-browser | make bench | make lint. Each sets up .venv first; nothing outside it is touched but the cache of the demo model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo docs test test-faults test-nodes test-families test-browser screenshots bench lint format clean
+.PHONY: setup demo docs test test-thorough test-faults test-nodes test-families test-browser screenshots bench lint format clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: setup
 # Two at a time: most of what a test of a whole run takes is waiting for processes that start.
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+# More cases of whole runs: all methods by all numbers of workers, more families, every way of keeping; half an hour.
+test-thorough: setup
+	$(BIN)/python -m pytest tests -m thorough -n 2 --dist worksteal
 
 # Some hundred kills and disk errors, each in a run of its own: about an hour.
 test-faults: setup

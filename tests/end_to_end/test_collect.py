@@ -46,7 +46,12 @@ def collected(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(
-    "method", ["wanda", "sparsegpt", "wanda+dsnot", "admm+refit"], ids=["squares", "gram", "moments", "chain"]
+    "method",
+    [
+        "wanda",
+        *(pytest.param(method, marks=pytest.mark.thorough) for method in ("sparsegpt", "wanda+dsnot", "admm+refit")),
+    ],
+    ids=["squares", "gram", "moments", "chain"],
 )
 def test_the_first_block_comes_out_as_if_the_samples_were_run(
     llama: Path, text_file: Path, collected: Path, method: str, tmp_path: Path
@@ -81,7 +86,7 @@ def test_a_diagonal_and_a_triangle_are_kept_of_each_input(collected: Path) -> No
     "way",
     [
         {"workers": 2, "statistics": "disk", "activations": "disk"},
-        {"workers": 3, "intermediates": "replay"},
+        pytest.param({"workers": 3, "intermediates": "replay"}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -143,6 +148,7 @@ def test_an_interrupted_solve_is_gone_on_with(collected: Path, tmp_path: Path) -
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_an_experts_tokens_and_fallback_hold_for_the_solve(make_model: Any, text_file: Path, tmp_path: Path) -> None:
     """Of an expert with too few tokens nothing is summed: it is pruned as the collection was asked to."""
     mixtral = make_model("mixtral", **FAMILIES["mixtral"])
@@ -218,6 +224,7 @@ def test_statistics_of_another_model_or_of_fewer_linears_are_refused(
     assert verify(tmp_path / "out").ok
 
 
+@pytest.mark.thorough
 def test_allocators_that_look_at_tokens_find_the_same_in_what_was_collected(
     llama: Path, text_file: Path, collected: Path, tmp_path: Path
 ) -> None:

@@ -31,8 +31,8 @@ def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
     "way",
     [
         {"workers": 2, "intermediates": "spill", "activations": "disk", "statistics": "disk"},
-        {"workers": 3, "intermediates": "replay", "activations": "disk"},
-        {"workers": 2, "keep_inputs": 1},
+        pytest.param({"workers": 3, "intermediates": "replay", "activations": "disk"}, marks=pytest.mark.thorough),
+        pytest.param({"workers": 2, "keep_inputs": 1}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -44,7 +44,9 @@ def test_no_byte_depends_on_who_works_and_where_what_is_kept(
     assert verify(tmp_path / "out").ok
 
 
-@pytest.mark.parametrize(("keep_inputs", "replayed"), [(1, []), ("never", [1, 2])])
+@pytest.mark.parametrize(
+    ("keep_inputs", "replayed"), [(1, []), pytest.param("never", [1, 2], marks=pytest.mark.thorough)]
+)
 def test_a_run_that_is_gone_on_with_carries_both_streams_there(
     llama: Path, text_file: Path, whole: Path, keep_inputs: Any, replayed: list[int], tmp_path: Path
 ) -> None:
@@ -67,6 +69,7 @@ def test_a_run_that_is_gone_on_with_carries_both_streams_there(
     assert contents(tmp_path / "out") == contents(whole)
 
 
+@pytest.mark.thorough
 def test_a_branch_may_begin_to_correct(llama: Path, text_file: Path, tmp_path: Path) -> None:
     """What an uncorrected run has kept is of one stream only: it is replayed instead."""
     options: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "workers": 1, "keep_inputs": 1}
@@ -78,7 +81,9 @@ def test_a_branch_may_begin_to_correct(llama: Path, text_file: Path, tmp_path: P
     assert differing == {linear.name for linear in result.linears if ".layers.2." in linear.name}
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_moe", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("gpt2", "gemma2"))]
+)
 def test_families_of_all_kinds_are_corrected(make_model: Any, family: str, text_file: Path, tmp_path: Path) -> None:
     model = make_model(family, **FAMILIES[family])
     asked = {**CALIBRATION, "calibration": str(text_file), "workers": 2, "samples": 10}

@@ -44,7 +44,7 @@ def sparse_routing(make_model: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize("method", ["sparsegpt", pytest.param("wanda", marks=pytest.mark.thorough)])
 def test_no_expert_is_destroyed_because_few_tokens_reach_it(
     sparse_routing: Path, text_file: Path, tmp_path: Path, method: str
 ) -> None:
@@ -102,6 +102,7 @@ def test_the_bytes_are_the_same_however_the_work_is_shared_out(
     assert contents(prune(folder, tmp_path / "1", workers=1, **kept, **options).output) == contents(output)
 
 
+@pytest.mark.thorough
 def test_experts_can_be_fitted_to_all_tokens(make_model: Any, text_file: Path, tmp_path: Path) -> None:
     folder = make_model("qwen3_moe", **EXPERTS["qwen3_moe"])
     options: dict[str, Any] = {
@@ -123,6 +124,7 @@ def test_experts_can_be_fitted_to_all_tokens(make_model: Any, text_file: Path, t
         plan(llama4, **options)
 
 
+@pytest.mark.thorough
 def test_experts_that_are_stacked_transposed_keep_their_pattern_along_the_inputs(
     make_model: Any, text_file: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +150,7 @@ def test_the_plan_tells_of_experts(sparse_routing: Path) -> None:
     assert made.request.pattern.sparsity == Fraction(1, 2)
 
 
+@pytest.mark.thorough
 def test_a_budget_makes_experts_be_done_in_groups(sparse_routing: Path, text_file: Path) -> None:
     options: dict[str, Any] = {"method": "sparsegpt", "calibration": str(text_file), "workers": 1, **SMALL}
     whole = plan(sparse_routing, **options)

@@ -20,7 +20,7 @@ def contents(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("correction", [0.0, 0.5])
+@pytest.mark.parametrize("correction", [0.5, pytest.param(0.0, marks=pytest.mark.thorough)])
 def test_each_linear_is_solved_by_the_method_that_is_for_it(
     llama: Path, text_file: Path, tmp_path: Path, correction: float
 ) -> None:

@@ -39,7 +39,9 @@ def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
     return prune(llama, tmp_path_factory.mktemp("whole") / "out", calibration=str(text_file), workers=1, **CALIBRATION)
 
 
-@pytest.mark.parametrize(("method", "pattern"), [("sparsegpt", "2:4"), ("admm", "unstructured")])
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("sparsegpt", "2:4"), pytest.param("admm", "unstructured", marks=pytest.mark.thorough)]
+)
 def test_the_bytes_that_each_block_moves_are_those_planned(
     llama: Path, text_file: Path, tmp_path: Path, method: str, pattern: str
 ) -> None:
@@ -63,7 +65,9 @@ TIERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "fit"), [("auto", "lockstep"), ("admm", "dense-block")])
+@pytest.mark.parametrize(
+    ("method", "fit"), [("auto", "lockstep"), pytest.param("admm", "dense-block", marks=pytest.mark.thorough)]
+)
 def test_where_things_are_kept_changes_no_byte(
     llama: Path, text_file: Path, tmp_path: Path, whole: PruneResult, method: str, fit: Any
 ) -> None:

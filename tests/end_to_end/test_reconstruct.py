@@ -62,7 +62,7 @@ def test_each_block_comes_nearer_to_the_dense_model(
     "way",
     [
         {"workers": 2, "activations": "disk", "intermediates": "spill"},
-        {"workers": 3, "intermediates": "replay", "keep_inputs": 1},
+        pytest.param({"workers": 3, "intermediates": "replay", "keep_inputs": 1}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -91,8 +91,8 @@ def test_a_run_that_is_gone_on_with_ends_alike(llama: Path, text_file: Path, who
     ("family", "options"),
     [
         ("llama", {"method": "magnitude", "sparsity": 0.7}),
-        ("gpt2", {"method": "wanda", "pattern": "2:4"}),
-        ("gemma2", {"method": "sparsegpt"}),
+        pytest.param("gpt2", {"method": "wanda", "pattern": "2:4"}, marks=pytest.mark.thorough),
+        pytest.param("gemma2", {"method": "sparsegpt"}, marks=pytest.mark.thorough),
         ("opt", {"method": "auto", "exclude": (r"layers\.1\.",)}),
     ],
     ids=str,
@@ -117,6 +117,7 @@ def test_any_method_is_tuned(
     assert any(each is not None and each.after < each.before for each, _ in found)
 
 
+@pytest.mark.thorough
 def test_what_does_not_help_is_not_done(llama: Path, text_file: Path, tmp_path: Path) -> None:
     """With a rate that throws every weight away, the linears stay as they were solved."""
     asked: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "method": "wanda", "workers": 2}

@@ -63,6 +63,7 @@ def nodes() -> Iterator[Nodes]:
         process.stdin.close()
 
 
+@pytest.mark.thorough
 def test_two_nodes_and_then_one_make_the_same_bytes(
     make_model: Any, text_file: Path, tmp_path: Path, nodes: Nodes, ray_cluster: None
 ) -> None:

@@ -50,7 +50,7 @@ def test_rounds_move_what_is_kept_and_none_leave_it_alone(
     "way",
     [
         {"workers": 2, "activations": "disk", "statistics": "disk"},
-        {"workers": 3, "intermediates": "replay", "keep_inputs": 1},
+        pytest.param({"workers": 3, "intermediates": "replay", "keep_inputs": 1}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -81,8 +81,8 @@ def test_a_run_that_is_gone_on_with_ends_alike(llama: Path, text_file: Path, who
     ("family", "options"),
     [
         ("gpt2", {"pattern": "2:4"}),
-        ("gemma2", {"fit": "lockstep", "methods": {r"mlp": "sparsegpt"}}),
-        ("llama", {"reconstruct": 1, "method": "wanda+++dsnot"}),
+        pytest.param("gemma2", {"fit": "lockstep", "methods": {r"mlp": "sparsegpt"}}, marks=pytest.mark.thorough),
+        pytest.param("llama", {"reconstruct": 1, "method": "wanda+++dsnot"}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )

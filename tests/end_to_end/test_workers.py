@@ -72,6 +72,7 @@ def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
     return prune(llama, output, calibration=str(text_file), workers=1, **CALIBRATION).output
 
 
+@pytest.mark.thorough
 def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
     make_model: Any, text_file: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +104,7 @@ def test_one_to_four_workers_give_the_same_bytes_for_every_method_and_pattern(
     assert written[1] == written[2] == written[3] == written[4]
 
 
-@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("what", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.thorough)])
 def test_a_worker_that_dies_or_hangs_is_replaced(
     llama: Path, text_file: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, what: signal.Signals
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_block_that_is_lost_three_times_ends_the_run_and_can_be_gone_on_with(
     assert contents(output) == contents(whole)
 
 
+@pytest.mark.thorough
 def test_workers_are_used_as_soon_as_there_is_room(
     make_model: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
