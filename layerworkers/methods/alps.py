@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.kernels.refit import refit_steps_
 from billhook.layerworkers.errors import OptionError
-from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, partition_sums
+from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, check_steps, partition_sums
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, spectral_load
 from billhook.layerworkers.statistics import GRAM
@@ -40,11 +40,7 @@ class Options:
         check_ridge(self.ridge)
         if not 0 < self.rho < float("inf"):
             raise OptionError(f"rho={self.rho}: expected a positive number, for example 0.1")
-        if self.iterations < CHECK_EVERY or self.refit_steps < 0:
-            raise OptionError(
-                f"iterations={self.iterations}, refit_steps={self.refit_steps}: expected at least {CHECK_EVERY} and at "
-                "least 0"
-            )
+        check_steps(self.iterations, self.refit_steps, CHECK_EVERY)
 
 
 def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:

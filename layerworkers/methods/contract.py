@@ -145,6 +145,18 @@ def partition_sums(values_RC: Tensor, partition_rows: int) -> list[float]:
     return [float(sums_R[start:stop].sum()) for start, stop in row_partitions(len(values_RC), partition_rows)]
 
 
+def check_steps(iterations: int, refit_steps: int, least: int = 1) -> None:
+    """Check the options of methods that iterate and then refit.
+
+    Raises:
+        InputError: when there are fewer iterations than ``least``, or fewer steps than none.
+    """
+    if iterations < least or refit_steps < 0:
+        raise OptionError(
+            f"iterations={iterations}, refit_steps={refit_steps}: expected at least {least} and at least 0"
+        )
+
+
 def check_ridge(ridge: float) -> None:
     """Check the option that several methods share.
 

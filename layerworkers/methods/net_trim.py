@@ -13,7 +13,7 @@ from torch import Tensor
 from billhook.kernels.products import matmul_by_rows
 from billhook.kernels.refit import refit_steps_
 from billhook.layerworkers.errors import OptionError
-from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, partition_sums
+from billhook.layerworkers.methods.contract import Method, Solution, check_ridge, check_steps, partition_sums
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, spectral_load
 from billhook.layerworkers.statistics import GRAM
@@ -36,10 +36,7 @@ class Options:
         check_ridge(self.ridge)
         if not 0 < self.tolerance < 1:
             raise OptionError(f"tolerance={self.tolerance}: expected a number between 0 and 1, for example 0.1")
-        if self.iterations < 1 or self.refit_steps < 0:
-            raise OptionError(
-                f"iterations={self.iterations}, refit_steps={self.refit_steps}: expected at least 1 and at least 0"
-            )
+        check_steps(self.iterations, self.refit_steps)
 
 
 def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: Options) -> Solution:

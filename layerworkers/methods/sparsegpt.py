@@ -71,12 +71,22 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
             error_RB = sweep_masked(block_RB, corner_BB, prune_RB)
             removed += int(prune_RB.count_nonzero())
         weight_RC[:, start:stop] = block_RB
-        for first, last in row_partitions(len(error_RB), problem.partition_rows):
-            squared_error_R1[first:last] += error_RB[first:last].square().sum(dim=1, keepdim=True)
-        if stop < columns:
-            for first, last in row_partitions(len(error_RB), problem.partition_rows):
-                weight_RC[first:last, stop:].addmm_(error_RB[first:last], factor_CC[start:stop, stop:], alpha=-1)
+        squared_error_R1 += update_right_(weight_RC, error_RB, factor_CC, stop, problem.partition_rows)
     return Solution(weight_RC, removed, partition_sums(squared_error_R1 / 2, problem.partition_rows), energy)
+
+
+def update_right_(weight_RC: Tensor, error_RB: Tensor, factor_CC: Tensor, stop: int, partition_rows: int) -> Tensor:
+    """Make up for the errors of a block of columns right of it: ``W_R <- W_R - E U_BR``; return ``sum E^2``, [R, 1].
+
+    stop: the first column right of the block, which is as wide as ``error_RB`` [R, B].
+    """
+    start = stop - error_RB.shape[1]
+    squared_error_R1 = weight_RC.new_empty(len(weight_RC), 1)
+    for first, last in row_partitions(len(error_RB), partition_rows):
+        squared_error_R1[first:last] = error_RB[first:last].square().sum(dim=1, keepdim=True)
+        if stop < weight_RC.shape[1]:
+            weight_RC[first:last, stop:].addmm_(error_RB[first:last], factor_CC[start:stop, stop:], alpha=-1)
+    return squared_error_R1
 
 
 def damped_energy(weight_RC: Tensor, factor_CC: Tensor, partition_rows: int) -> list[float]:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from billhook.kernels.factor import NotPositiveDefiniteError
 from billhook.kernels.joint import remove_jointly_
-from billhook.kernels.products import row_partitions
 from billhook.layerworkers.errors import IllConditionedError
 from billhook.layerworkers.methods.contract import Method, Solution, partition_sums
-from billhook.layerworkers.methods.sparsegpt import Options, block_columns, damped_energy
+from billhook.layerworkers.methods.sparsegpt import Options, block_columns, damped_energy, update_right_
 from billhook.layerworkers.patterns import NM, Selector
 from billhook.layerworkers.problem import LinearProblem, column_squares_load, inverse_factor_load
 from billhook.layerworkers.statistics import GRAM
@@ -51,10 +50,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
                 "what is removed of a row cannot be made up for in float64; raise the damping"
             ) from error
         weight_RC[:, start:stop] = block_RB
-        for first, last in row_partitions(len(error_RB), problem.partition_rows):
-            squared_error_R1[first:last] += error_RB[first:last].square().sum(dim=1, keepdim=True)
-            if stop < columns:
-                weight_RC[first:last, stop:].addmm_(error_RB[first:last], factor_CC[start:stop, stop:], alpha=-1)
+        squared_error_R1 += update_right_(weight_RC, error_RB, factor_CC, stop, problem.partition_rows)
     return Solution(weight_RC, removed, partition_sums(squared_error_R1 / 2, problem.partition_rows), energy)
 
 
