@@ -40,6 +40,7 @@ def smallest_by_row(score_RC: Tensor, counts_R: Tensor) -> Tensor:
 
     counts_R: [R] int64, on the CPU.
     """
+    assert len(counts_R) == len(score_RC), (len(counts_R), score_RC.shape)  # the loop looks up one for each row
     if _has_loop(score_RC):
         return _below_in_rows(score_RC, counts_R)
     last_R1 = (counts_R - 1).clamp_(min=0).to(score_RC.device)[:, None]
