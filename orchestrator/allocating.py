@@ -42,15 +42,13 @@ from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, make_plan, with_workers
+from billhook.orchestrator.promised_rows import STORED
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
 from billhook.orchestrator.trying import Trial, deviations_of, losses_of
 from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
 T = TypeVar("T")
-
-STORED = "allocation"
-"""Begin of the names of the files in the run's folder that hold what was found out."""
 
 
 def allocate(

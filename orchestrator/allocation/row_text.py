@@ -16,12 +16,12 @@ def text_of(counts: Sequence[int]) -> str:
     return " ".join(f"{count}*{times}" if times > 1 else str(count) for count, times in runs)
 
 
-def read_counts(text: str, rows: int) -> array[int] | None:
-    """Return the counts of so many rows; None where the text is none of them."""
+def read_counts(text: str, most: int) -> array[int] | None:
+    """Return the counts; None where the text is none, or of more rows than ``most``."""
     if _TEXT.fullmatch(text) is None:
         return None
     runs = [(int(count), int(times or 1)) for count, _, times in (run.partition("*") for run in text.split(" "))]
-    if sum(times for _, times in runs) != rows:
+    if sum(times for _, times in runs) > most:
         return None
     counts = array("i")
     for count, times in runs:

@@ -126,6 +126,21 @@ def write_allocation(allocation: Allocation, path: Path) -> None:
     draft.replace(path)
 
 
+def tabled(path: Path) -> Allocation | None:
+    """Return what a file says, whatever model it is of; None where it is no table."""
+    try:
+        found = _File.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return None
+    rows = {name: read_counts(share.rows, share.of) for name, share in found.linears.items() if share.rows is not None}
+    return Allocation(
+        found.allocation,
+        {name: share.removed for name, share in found.linears.items()},
+        {name: share.of for name, share in found.linears.items()},
+        {name: counts for name, counts in rows.items() if counts is not None},
+    )
+
+
 def read_allocation(path: str, matrices: Sequence[Matrix]) -> Allocation:
     """Read the file of an allocation for these matrices.
 
@@ -182,7 +197,7 @@ def _checked_rows(path: str, matrix: Matrix, removed: int, text: str) -> array[i
             "with the same --method"
         )
     counts = read_counts(text, matrix.rows)
-    if counts is None:
+    if counts is None or len(counts) != matrix.rows:
         raise OptionError(
             f"{where}: its rows are no list of {matrix.rows} numbers such as '12 13*4', in which 13 stands four times"
         )

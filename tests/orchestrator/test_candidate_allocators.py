@@ -24,6 +24,8 @@ from billhook.orchestrator.allocation.ecoflap import importances_of, kept_by_imp
 from billhook.orchestrator.allocation.neuronal import slope
 from billhook.orchestrator.allocation.outlets import Outlet
 from billhook.orchestrator.allocation.shapley import contributions, shapley, windows_of
+from billhook.orchestrator.history import read_history
+from billhook.orchestrator.promised_rows import promised_rows
 
 NAMES = ["neuronal", "sv-nup", "ecoflap"]
 
@@ -332,16 +334,20 @@ def test_a_run_follows_what_candidates_tell(llama: Path, text_file: Path, tmp_pa
     check_rows(tmp_path / "out", table)  # as with two workers
     assert len(table.by_row) == 12
     assert verify(tmp_path / "out").ok
+    assert promised_rows(tmp_path / "out", read_history(tmp_path / "out")) == table.by_row
     steps: list[str] = []
     again = prune(llama, tmp_path / "out", progress=lambda event: steps.append(step_of(event)[0]), **options)
     assert again.already_finished
     assert "allocate" not in steps, "what was found out is kept"
     by_file: Any = {**options, "allocation": str(tmp_path / "table.json"), "allocation_options": {}, "sparsity": None}
+    with pytest.raises(OptionError, match=r"the file says what each row loses, and the method compares all rows"):
+        prune(llama, tmp_path / "again", **{**by_file, "method": "sparsegpt"})
+    assert not (tmp_path / "again").exists()
     prune(llama, tmp_path / "again", workers=2, **{**by_file, "method": "wanda+dsnot"})
     check_rows(tmp_path / "again", table)
-    with pytest.raises(OptionError, match=r"the file says what each row loses, and the method compares all rows"):
-        prune(llama, tmp_path / "sparsegpt", **{**by_file, "method": "sparsegpt"})
-    assert not (tmp_path / "sparsegpt").exists()
+    assert promised_rows(tmp_path / "again", read_history(tmp_path / "again")) == table.by_row
+    (tmp_path / "table.json").write_text("{}")
+    assert promised_rows(tmp_path / "again", read_history(tmp_path / "again")) == {}, "the table is another one now"
 
 
 def check_rows(output: Path, table: Allocation) -> None:
