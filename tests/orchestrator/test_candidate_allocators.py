@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,16 @@ from steps import step_of
 from billhook.layerworkers.candidates import Deviation, Perturb, Prune, PruneRows, perturbed
 from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator import allocate, prune, verify
-from billhook.orchestrator.allocation import ALLOCATORS, Allocation, Candidate, Evidence, Matrix, allocated, to_budget
+from billhook.orchestrator.allocation import (
+    ALLOCATORS,
+    Allocation,
+    Candidate,
+    Evidence,
+    Matrix,
+    allocated,
+    tabled,
+    to_budget,
+)
 from billhook.orchestrator.allocation.contract import ForRows
 from billhook.orchestrator.allocation.ecoflap import importances_of, kept_by_importance
 from billhook.orchestrator.allocation.neuronal import slope
@@ -326,31 +336,46 @@ def options_of(text_file: Path, name: str) -> Any:
 
 def test_a_run_follows_what_candidates_tell(llama: Path, text_file: Path, tmp_path: Path, ray_cluster: None) -> None:
     options = options_of(text_file, "neuronal")
-    table = allocate(llama, tmp_path / "table.json", workers=2, **options)
+    prune(llama, tmp_path / "out", workers=2, **options)
+    (stored,) = (tmp_path / "out" / "billhook").glob("allocation-*.json")
+    table = tabled(stored)
+    assert table is not None
     assert table.sparsity == pytest.approx(Fraction(6, 10), abs=2e-3)
     first, second, third = (table.sparsity_of(name) for name in sorted(table.removed) if "q_proj" in name)
     assert first < second < third
-    prune(llama, tmp_path / "out", workers=1, **options)
-    check_rows(tmp_path / "out", table)  # as with two workers
     assert len(table.by_row) == 12
+    check_rows(tmp_path / "out", table)
     assert verify(tmp_path / "out").ok
-    assert promised_rows(tmp_path / "out", read_history(tmp_path / "out")) == table.by_row
     steps: list[str] = []
     again = prune(llama, tmp_path / "out", progress=lambda event: steps.append(step_of(event)[0]), **options)
     assert again.already_finished
     assert "allocate" not in steps, "what was found out is kept"
-    by_file: Any = {**options, "allocation": str(tmp_path / "table.json"), "allocation_options": {}, "sparsity": None}
+
+    shutil.copy(stored, tmp_path / "table.json")
+    options |= {"allocation": str(tmp_path / "table.json"), "allocation_options": {}, "sparsity": None}
     with pytest.raises(OptionError, match=r"the file says what each row loses, and the method compares all rows"):
-        prune(llama, tmp_path / "again", **{**by_file, "method": "sparsegpt"})
-    assert not (tmp_path / "again").exists()
-    prune(llama, tmp_path / "again", workers=2, **{**by_file, "method": "wanda+dsnot"})
-    check_rows(tmp_path / "again", table)
-    assert promised_rows(tmp_path / "again", read_history(tmp_path / "again")) == table.by_row
+        prune(llama, tmp_path / "by-file", **{**options, "method": "sparsegpt"})
+    assert not (tmp_path / "by-file").exists()
+    prune(llama, tmp_path / "by-file", workers=1, **{**options, "method": "wanda+dsnot"})
+    check_rows(tmp_path / "by-file", table)
     (tmp_path / "table.json").write_text("{}")
-    assert promised_rows(tmp_path / "again", read_history(tmp_path / "again")) == {}, "the table is another one now"
+    assert promised_rows(tmp_path / "by-file", read_history(tmp_path / "by-file")) == {}, "the table is another one now"
+
+
+@pytest.mark.thorough
+def test_what_is_allocated_alone_is_what_a_run_allocates(
+    llama: Path, text_file: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    options = options_of(text_file, "neuronal")
+    table = allocate(llama, tmp_path / "table.json", workers=3, **options)
+    prune(llama, tmp_path / "out", workers=1, **options)
+    (stored,) = (tmp_path / "out" / "billhook").glob("allocation-*.json")
+    assert stored.read_bytes() == (tmp_path / "table.json").read_bytes()
+    assert tabled(stored) == table
 
 
 def check_rows(output: Path, table: Allocation) -> None:
+    assert promised_rows(output, read_history(output)) == table.by_row
     for path in sorted(output.glob("*.safetensors")):
         for name, weight in load_file(path).items():
             if name in table.removed:
