@@ -169,7 +169,7 @@ def allocated(
         )
     found = allocation_of(
         *(request.recipe, request.linears, request.pattern, histograms, spectra, scores, deviations, losses),
-        _outlets(request),
+        outlets=_outlets(request),
     )
     return replace(request, allocation=found)
 

@@ -403,7 +403,7 @@ def allocation_of(
         [index for index, linears in enumerate(chosen) for _ in linears],
         deviations or unknown,
         losses or unknown,
-        outlets,
+        outlets=outlets,
     )
     options = allocator_options(recipe.allocation, recipe.allocation_options)
     return allocated(recipe.allocation, options, evidence, pattern.sparsity)

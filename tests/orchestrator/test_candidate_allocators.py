@@ -55,7 +55,7 @@ def evidence_of(
         *(matrices, unknown, unknown, unknown, [block for block in blocks for _ in "ab"]),
         lambda candidates, samples: [[Deviation(deviation(each) / 2, {})] * 2 for each in candidates],
         lambda candidates, samples: [loss(each) for each in candidates],
-        [None for _ in matrices],
+        outlets=[None for _ in matrices],
     )
 
 
@@ -120,7 +120,7 @@ def rows_of(own_deviation: Callable[[float], float], seen: list[Candidate], step
 
     return Evidence(
         *(matrices, unknown, unknown, unknown, [block for block in range(3) for _ in "abcd"], deviations, unknown),
-        [outlet for block in range(3) for outlet in (Outlet(f"{block}.c"), None, Outlet(f"{block}.d"), None)],
+        outlets=[outlet for block in range(3) for outlet in (Outlet(f"{block}.c"), None, Outlet(f"{block}.d"), None)],
     )
 
 
