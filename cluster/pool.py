@@ -25,7 +25,7 @@ from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.cluster.session import inherited
 from billhook.layerworkers.access import OutputAccess
-from billhook.layerworkers.candidates import BranchTask
+from billhook.layerworkers.candidates import BranchTask, Deviation
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError, UnlikeNodesError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
@@ -290,9 +290,9 @@ class WorkerPool:
         facts: list[ScoreFacts] = self._call("observe_block", task)[0]
         return facts
 
-    def branch_block(self, task: BranchTask) -> list[float]:
+    def branch_block(self, task: BranchTask) -> list[Deviation]:
         """Carry streams through a block and split them; see :meth:`BlockWorker.branch_block`."""
-        deviations: list[float] = self._call("branch_block", task)[0]
+        deviations: list[Deviation] = self._call("branch_block", task)[0]
         return deviations
 
     def candidate_losses(self) -> list[list[WindowLoss]]:

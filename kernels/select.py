@@ -29,14 +29,35 @@ def smallest_in_rows(score_RC: Tensor, count: int) -> Tensor:
     """Return the mask [R, C] of the ``count`` smallest entries of each row of ``score_RC``."""
     if count == 0:
         return torch.zeros_like(score_RC, dtype=torch.bool)
+    counts_R = torch.full((len(score_RC),), count)
     if _has_loop(score_RC):
-        mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
-        compiled(_rows_loop)(_bits(score_RC).view(score_RC.shape).numpy(), count, mask_RC.numpy())
-        return mask_RC
-    threshold_R1 = torch.kthvalue(score_RC, count, dim=1, keepdim=True).values
+        return _below_in_rows(score_RC, counts_R)
+    return _up_to(score_RC, torch.kthvalue(score_RC, count, dim=1, keepdim=True).values, counts_R)
+
+
+def smallest_by_row(score_RC: Tensor, counts_R: Tensor) -> Tensor:
+    """Return the mask [R, C] of the smallest entries of each row of ``score_RC``: as many as its own of ``counts_R``.
+
+    counts_R: [R] int64, on the CPU.
+    """
+    assert len(counts_R) == len(score_RC), (len(counts_R), score_RC.shape)  # the loop looks up one for each row
+    if _has_loop(score_RC):
+        return _below_in_rows(score_RC, counts_R)
+    last_R1 = (counts_R - 1).clamp_(min=0).to(score_RC.device)[:, None]
+    return _up_to(score_RC, score_RC.sort(dim=1).values.gather(1, last_R1), counts_R)
+
+
+def _below_in_rows(score_RC: Tensor, counts_R: Tensor) -> Tensor:
+    mask_RC = torch.empty(score_RC.shape, dtype=torch.bool)
+    compiled(_rows_loop)(_bits(score_RC).view(score_RC.shape).numpy(), counts_R.numpy(), mask_RC.numpy())
+    return mask_RC
+
+
+def _up_to(score_RC: Tensor, threshold_R1: Tensor, counts_R: Tensor) -> Tensor:
+    """Return the mask of what is below each row's threshold, and of as much of what equals it as its count has room."""
     below_RC = score_RC < threshold_R1
     ties_RC = score_RC == threshold_R1
-    wanted_R1 = count - below_RC.sum(dim=1, keepdim=True)
+    wanted_R1 = counts_R.to(score_RC.device)[:, None] - below_RC.sum(dim=1, keepdim=True)
     return below_RC | (ties_RC & (ties_RC.cumsum(dim=1) <= wanted_R1))
 
 
@@ -128,11 +149,12 @@ def _below_loop(bits: Any, threshold: int, ties_wanted: int, mask: Any) -> None:
             mask[i] = key < threshold
 
 
-def _rows_loop(bits: Any, count: int, mask: Any) -> None:
-    """Halve, for each row, the range in which the key of its ``count``-th smallest lies: each pass counts vectors."""
+def _rows_loop(bits: Any, counts: Any, mask: Any) -> None:
+    """Halve, for each row, the range in which the key of its last smallest lies: each pass counts vectors."""
     rows, columns = bits.shape
     key = np.empty(columns, dtype=np.int32)
     for r in range(rows):
+        count = counts[r]
         low, high = np.int32(2147483647), np.int32(-2147483648)
         for c in range(columns):
             b = bits[r, c]

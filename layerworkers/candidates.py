@@ -12,15 +12,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.kernels.select import smallest_in_rows, zero_where_
+from billhook.kernels.select import smallest_by_row, smallest_in_rows, zero_where_
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.block_facts import Arguments, InputGroup
 from billhook.layerworkers.collective import Collective
 from billhook.layerworkers.lockstep import run_observed, run_plain
 from billhook.layerworkers.observing import InputSquares
+from billhook.layerworkers.row_shares import row_counts
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.tasks import ModuleTensor, Sample
 
@@ -36,6 +38,24 @@ class Prune:
     """A row of C entries loses ``int(C * sparsity)``."""
 
 
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """What tells the rows of a block's linears apart."""
+
+    of: Mapping[str, np.ndarray]
+    """[R] by name on disk. The rows of linears that are missing lose the same."""
+
+
+@dataclass(frozen=True)
+class PruneRows:
+    """Remove as many entries of a block's linears as :class:`Prune`, but fewer of the rows with larger scores."""
+
+    sparsity: float
+    spread: float
+    scores: RowScores
+    """See :func:`billhook.layerworkers.row_shares.row_counts`."""
+
+
 @dataclass(frozen=True)
 class Perturb:
     """Add Gaussian noise to a block's linears."""
@@ -45,8 +65,25 @@ class Perturb:
     seed: int
 
 
-Change = Prune | Perturb | None
+Change = Prune | PruneRows | Perturb | None
 """What is done to a block; None: nothing."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How a pruned block is from the dense one, both fed with the same hidden states.
+
+    Of each linear, a [C] has the 2-norms of the input channels in the dense block, b in the pruned one.
+    """
+
+    distance: float
+    """Sum over the linears of ``|| a / sum(a) - b / sum(b) ||_2 / C`` (Cunegatti et al., NeuronAl, 2025, its code)."""
+    shrinkage: Mapping[str, np.ndarray]
+    """``a - b`` [C] float32, by the name on disk of the first linear with that input."""
+
+
+NO_DEVIATION = Deviation(0.0, {})
+"""Where nothing was pruned."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +136,21 @@ def run_branches(
     new_stream: Callable[[], Activations],
     device: torch.device,
     group: Collective,
-) -> tuple[list[Activations], list[float]]:
+) -> tuple[list[Activations], list[Deviation]]:
     """Carry streams through a block, and split them; return the branches, and how each deviates.
 
-    How a branch deviates is a sum over the linears that were pruned, of
-    ``|| a / sum(a) - b / sum(b) ||_2 / C``: a [C] has the 2-norms of the linear's input channels in the dense block, b
-    in the pruned one, both fed with the branch's own hidden states (Cunegatti et al., NeuronAl, 2025, in its code). It
-    is 0 where nothing was pruned. The same on every worker, whatever number of them there is; collective over
-    ``group``.
+    What is returned is the same on every worker, whatever number of them there is; collective over ``group``.
 
     samples: this worker's, each a partition of its own. partitions: samples over all workers. new_stream: makes one
     without hidden states. The last branch of a stream takes its place.
     """
     made: list[Activations] = []
-    deviations: list[float] = []
+    deviations: list[Deviation] = []
     indices = [each.index for each in samples]
     norms: dict[str, Tensor] = {}
     of_parent = -1
     for number, branch in enumerate(branches):
-        if branch.parent != of_parent and isinstance(branch.change, Prune):
+        if branch.parent != of_parent and isinstance(branch.change, Prune | PruneRows):
             dense = InputSquares(block.module, block.groups, block.disk_names, indices, 1, device)
             if dense.groups:
                 run_observed(block.module, dense.groups, streams[branch.parent], block.arguments, dense.add)
@@ -126,13 +159,13 @@ def run_branches(
         if any(later.parent == branch.parent for later in branches[number + 1 :]):
             states = _copy(states, new_stream())
         _put_changed(block, branch.change, norms)
-        if isinstance(branch.change, Prune):
+        if isinstance(branch.change, Prune | PruneRows):
             squares = InputSquares(block.module, block.groups, block.disk_names, indices, 1, device)
             _run_watched(block, states, squares)
-            deviations.append(_deviation(norms, squares.norms(partitions, group)))
+            deviations.append(_deviation(norms, squares.norms(partitions, group), squares.firsts))
         else:
             run_plain(block.module, states, block.arguments)
-            deviations.append(0.0)
+            deviations.append(NO_DEVIATION)
         made.append(states)
         if branch.change is not None:
             for name in block.disk_names.values():
@@ -170,16 +203,38 @@ def _put_changed(block: LoadedBlock, change: Change, norms: Mapping[str, Tensor]
     for number, name in enumerate(block.disk_names.values()):
         if isinstance(change, Prune):
             block.put(name, pruned(block.weights[name], norms[name], change.sparsity))
+        elif isinstance(change, PruneRows):
+            block.put(name, pruned_by_row(block.weights[name], norms[name], change, name))
         elif isinstance(change, Perturb):
             block.put(name, perturbed(block.weights[name], change, number))
 
 
 def pruned(weight_RC: Tensor, norms_C: Tensor, sparsity: float) -> Tensor:
     """Return a copy without the ``int(C * sparsity)`` entries of each row that have the smallest Wanda scores."""
+    count = int(weight_RC.shape[1] * sparsity)
+    return _without(weight_RC, norms_C, lambda score_RC, start: smallest_in_rows(score_RC, count))
+
+
+def pruned_by_row(weight_RC: Tensor, norms_C: Tensor, change: PruneRows, name: str) -> Tensor:
+    """Return a copy without those entries of each row that have the smallest Wanda scores; name: on disk."""
+    if name not in change.scores.of:
+        return pruned(weight_RC, norms_C, change.sparsity)
+    rows, columns = weight_RC.shape
+    removed = rows * int(columns * change.sparsity)
+    counts_R = torch.from_numpy(row_counts(change.scores.of[name], columns, removed, change.spread))
+    return _without(
+        weight_RC,
+        norms_C,
+        lambda score_RC, start: smallest_by_row(score_RC, counts_R[start : start + len(score_RC)]),
+    )
+
+
+def _without(weight_RC: Tensor, norms_C: Tensor, chosen: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return a copy without what is chosen; ``chosen(score_RC, start)`` of the rows from ``start`` on."""
     sparse_RC = weight_RC.to(norms_C.device, copy=True).contiguous()
     for start, stop in bands(weight_RC.shape):
         score_RC = sparse_RC[start:stop].float().abs().mul_(norms_C)
-        zero_where_(sparse_RC[start:stop], smallest_in_rows(score_RC, int(weight_RC.shape[1] * sparsity)))
+        zero_where_(sparse_RC[start:stop], chosen(score_RC, start))
     return sparse_RC
 
 
@@ -194,9 +249,13 @@ def perturbed(weight_RC: Tensor, change: Perturb, number: int) -> Tensor:
     return noisy_RC
 
 
-def _deviation(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+def _deviation(before: Mapping[str, Tensor], after: Mapping[str, Tensor], firsts: Sequence[str]) -> Deviation:
+    """Return the deviation, given the norms by linear; firsts: the first linear of each input."""
     distances = (_normalised(norms_C) - _normalised(after[name]) for name, norms_C in before.items())
-    return math.fsum(float(distance_C.norm()) / len(distance_C) for distance_C in distances)
+    return Deviation(
+        math.fsum(float(distance_C.norm()) / len(distance_C) for distance_C in distances),
+        {name: (before[name] - after[name]).cpu().numpy() for name in firsts},
+    )
 
 
 def _normalised(norms_C: Tensor) -> Tensor:

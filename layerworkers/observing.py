@@ -66,6 +66,8 @@ class InputSquares:
         self._columns = [int(block.get_submodule(each.linears[0]).in_features) for each in self.groups]  # type: ignore[arg-type]
         self._sums = [Accumulator(COLUMN_SQUARES, width, partition_samples, device) for width in self._columns]
         self._disk_names, self._samples, self._device = disk_names, samples, device
+        self.firsts = [next(disk_names[name] for name in each.linears if name in disk_names) for each in self.groups]
+        """By name on disk, the first of these linears that belongs to each group."""
 
     def add(self, position: int, at: InputGroup, x: Tensor) -> None:
         """Add the input x [..., C] of the sample at a position; samples come in order."""

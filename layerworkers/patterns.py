@@ -45,7 +45,29 @@ class NM:
         return f"{self.keep}:{self.group}"
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True)
+class PerRow:
+    """Any entries, but each row loses a number of its own."""
+
+    counts: tuple[int, ...]
+    """Of each row."""
+    columns: int
+
+    @property
+    def sparsity(self) -> Fraction:
+        """The share that is removed."""
+        return Fraction(sum(self.counts), len(self.counts) * self.columns)
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+Pattern = Unstructured | NM | PerRow
+
+
+def of_rows(pattern: Pattern, start: int, stop: int) -> Pattern:
+    """Return what some rows of a linear lose, given what it loses."""
+    return PerRow(pattern.counts[start:stop], pattern.columns) if isinstance(pattern, PerRow) else pattern
 
 
 def exact_fraction(value: float) -> Fraction:
@@ -93,8 +115,9 @@ class Selector:
     """Chooses which entries of a linear to remove: the only way in which a method may do so.
 
     Unstructured selection compares all rows of the linear, also those on other workers (the same call must then be
-    made on each of them, in the same order), or, with ``within_rows``, each row by itself. What is compared is the
-    score given: a method that passes some of the columns has them compared among themselves.
+    made on each of them, in the same order), or, with ``within_rows``, each row by itself, as it does where each row
+    loses a number of its own. What is compared is the score given: a method that passes some of the columns has them
+    compared among themselves.
     """
 
     pattern: Pattern
@@ -113,6 +136,8 @@ class Selector:
         refuse_nan(score_RC)
         if isinstance(self.pattern, NM):
             return kernels.smallest_in_groups(score_RC, self.pattern.keep, self.pattern.group)
+        if isinstance(self.pattern, PerRow):
+            return kernels.smallest_by_row(score_RC, _counts(self.pattern, score_RC.shape[1], Fraction(1)))
         if self.within_rows:
             return kernels.smallest_in_rows(score_RC, int(self.pattern.sparsity * score_RC.shape[1]))
         return self._smallest_over_owners(score_RC, lambda total: int(self.pattern.sparsity * total))
@@ -132,6 +157,8 @@ class Selector:
         if isinstance(self.pattern, NM):
             kept_RC = self(score_RC).logical_not_()
             return kernels.smallest_in_rows(score_RC.masked_fill(kept_RC, torch.inf), int(wanted * score_RC.shape[1]))
+        if isinstance(self.pattern, PerRow):
+            return kernels.smallest_by_row(score_RC, _counts(self.pattern, score_RC.shape[1], share))
         if self.within_rows:
             return kernels.smallest_in_rows(score_RC, int(wanted * score_RC.shape[1]))
         return self._smallest_over_owners(score_RC, lambda total: int(wanted * total))
@@ -177,3 +204,9 @@ class Selector:
             return histogram[None].cpu()
         received = all_gather(self.owners, histogram.to(torch.int32).cpu().numpy())
         return torch.stack([torch.tensor(counts, dtype=torch.int64) for counts in received])
+
+
+def _counts(pattern: PerRow, columns: int, share: Fraction) -> Tensor:
+    """Return how many entries each row loses of so many of its columns, in all the share of what it loses: [R]."""
+    above, below = share.numerator * columns, share.denominator * pattern.columns
+    return torch.tensor([count * above // below for count in pattern.counts])

@@ -12,7 +12,7 @@ from billhook.kernels.products import row_partitions
 from billhook.kernels.select import KEY_LEVELS
 from billhook.layerworkers.collective import Load, Rows
 from billhook.layerworkers.methods import Method
-from billhook.layerworkers.patterns import NM, Pattern
+from billhook.layerworkers.patterns import NM, Pattern, PerRow
 from billhook.layerworkers.problem import correction_flops, correction_load
 from billhook.layerworkers.reduction import even_ranges
 
@@ -58,7 +58,7 @@ class Shared:
 
 def is_local(method: Method, pattern: Pattern) -> bool:
     """Whether a row is selected without a look at the others: then any rows can be solved by themselves."""
-    return isinstance(pattern, NM) or method.within_rows
+    return isinstance(pattern, NM | PerRow) or method.within_rows
 
 
 def work_of(method: Method, pattern: Pattern, options: Any, rows: int, columns: int) -> Work:

@@ -19,7 +19,7 @@ from billhook.layerworkers.collective import Collective, Rows, all_gather, gathe
 from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.methods import Method, Solution, method_named
-from billhook.layerworkers.patterns import Selector
+from billhook.layerworkers.patterns import Selector, of_rows
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import Node, give_up, most_nodes, reduction_rounds, total
 from billhook.layerworkers.scratch import bands
@@ -250,8 +250,9 @@ def _solve_share(
     # Rows that are selected by themselves need not be in float32 all at once.
     local = is_local(method, linear.pattern)
     pieces = row_partitions(len(dense), problem.partition_rows) if local else [(0, len(dense))]
-    select = Selector(linear.pattern, method.within_rows, group.subgroup([group.rank] if local else owners))
+    selecting = group.subgroup([group.rank] if local else owners)
     for first, last in pieces:
+        select = Selector(of_rows(linear.pattern, start + first, start + last), method.within_rows, selecting)
         rows = dense[first:last].to(problem.device, torch.float32, copy=True)
         problem.turn_to_rows(start + first, start + last)
         try:

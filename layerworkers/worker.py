@@ -17,7 +17,7 @@ from torch.nn import functional
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
 from billhook.layerworkers.block_facts import Arguments
-from billhook.layerworkers.candidates import BranchTask, LoadedBlock, run_branches
+from billhook.layerworkers.candidates import BranchTask, Deviation, LoadedBlock, run_branches
 from billhook.layerworkers.collected import write_collected
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
@@ -418,7 +418,7 @@ class BlockWorker:
         return facts
 
     @torch.inference_mode()
-    def branch_block(self, task: BranchTask) -> list[float]:
+    def branch_block(self, task: BranchTask) -> list[Deviation]:
         """Carry streams through a block and split them; return how each branch deviates from the dense block.
 
         The samples are the only stream before the first block. See :func:`run_branches`.

@@ -18,6 +18,7 @@ from typing import TypeVar, Unpack
 import numpy as np
 
 from billhook.cluster.memory import own_bytes
+from billhook.layerworkers.candidates import Deviation
 from billhook.layerworkers.errors import InputError, OptionError, OutputError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
@@ -32,6 +33,7 @@ from billhook.orchestrator.allocation import (
     write_allocation,
 )
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
+from billhook.orchestrator.allocation.outlets import Outlet, outlets_of
 from billhook.orchestrator.allocation.scores import collected_scores
 from billhook.orchestrator.allocation.spectra import spectrum, spectrum_bytes
 from billhook.orchestrator.budgets import resolve_budgets
@@ -40,15 +42,13 @@ from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, make_plan, with_workers
+from billhook.orchestrator.promised_rows import STORED
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
 from billhook.orchestrator.trying import Trial, deviations_of, losses_of
 from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
 T = TypeVar("T")
-
-STORED = "allocation"
-"""Begin of the names of the files in the run's folder that hold what was found out."""
 
 
 def allocate(
@@ -150,7 +150,7 @@ def allocated(
         parked = user_path(resources.scratch or scratch or tempfile.gettempdir())
         return Trial(request, resources, replace(windows, tokens=windows.tokens[:samples]), parked)
 
-    def deviations(candidates: Sequence[Candidate], samples: int) -> list[list[float]]:
+    def deviations(candidates: Sequence[Candidate], samples: int) -> list[list[Deviation]]:
         return deviations_of(trial(samples), candidates, report)
 
     def losses(candidates: Sequence[Candidate], samples: int) -> list[float]:
@@ -168,9 +168,24 @@ def allocated(
             f"{request.recipe.method} does without; choose another of the two"
         )
     found = allocation_of(
-        *(request.recipe, request.linears, request.pattern, histograms, spectra, scores, deviations, losses)
+        *(request.recipe, request.linears, request.pattern, histograms, spectra, scores, deviations, losses),
+        outlets=_outlets(request),
     )
     return replace(request, allocation=found)
+
+
+def _outlets(request: Request) -> list[Outlet | None]:
+    """Return where the rows of each linear show."""
+    config = request.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    key_heads = getattr(config, "num_key_value_heads", None)
+    if not isinstance(heads, int) or not isinstance(key_heads, int):  # some families have a list of them, some none
+        heads = key_heads = 1
+    return [
+        outlet
+        for block, linears in zip(request.model.layout.blocks, request.linears, strict=True)
+        for outlet in outlets_of(linears, block.groups, heads, key_heads)
+    ]
 
 
 def _collected_scores(request: Request, multiple: float, report: Progress) -> list[list[ScoreFacts]]:

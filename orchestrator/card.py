@@ -75,7 +75,8 @@ def model_card(
     lines += [f"- {key}: `{value}`" for key, value in request.options.items()]
     lines += [f"- method of {_code(regex)}: `{method}`" for regex, method in recipe.methods.items()]
     if request.allocation is not None:
-        lines.append(f"- allocation: `{request.allocation.name}`, one sparsity for each linear or block")
+        each = "row, linear" if request.allocation.by_row else "linear"
+        lines.append(f"- allocation: `{request.allocation.name}`, one sparsity for each {each} or block")
     lines += [f"- sparsity: `{recipe.sparsity}`", f"- compute dtype: `{recipe.dtype}`"]
     if request.samples:
         lines.append(f"- fitted to: `{recipe.fit}`")

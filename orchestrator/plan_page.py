@@ -137,7 +137,11 @@ def _allocated(request: Request) -> str:
         name = request.recipe.allocation
         return f", allocated by {name} when it runs; planned as if uniform, without the reading that it takes"
     shares = [float(request.allocation.sparsity_of(name)) for name in request.allocation.removed]
-    return f", allocated by {request.allocation.name}: {min(shares):.3f} to {max(shares):.3f}"
+    text = f", allocated by {request.allocation.name}: {min(shares):.3f} to {max(shares):.3f}"
+    if not request.allocation.by_row:
+        return text
+    rows = [request.allocation.rows_of(name) for name in request.allocation.removed]
+    return f"{text}, rows {min(low for low, _ in rows):.3f} to {max(high for _, high in rows):.3f}"
 
 
 def _fitted(request: Request) -> str:

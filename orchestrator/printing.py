@@ -147,7 +147,11 @@ def methods_as_text() -> str:
 def allocation_as_text(allocation: Allocation) -> str:
     """Return an allocation for a person: the linears of each kind, in the order of the blocks."""
     width = max(map(len, allocation.removed))
-    rows = [f"{name:<{width}}  {float(allocation.sparsity_of(name)):8.4f}" for name in allocation.removed]
+    rows = [
+        f"{name:<{width}}  {float(allocation.sparsity_of(name)):8.4f}"
+        + ("  rows {:.4f} to {:.4f}".format(*allocation.rows_of(name)) if name in allocation.by_row else "")
+        for name in allocation.removed
+    ]
     return "\n".join([f"{'linear':<{width}}  sparsity", *rows, f"all together {float(allocation.sparsity):.4f}"])
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from billhook.layerworkers.candidates import Deviation
 from billhook.layerworkers.errors import OptionError, UnsupportedModelError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import COLLECT, UNLISTED, Method, Solver, method_named
 from billhook.layerworkers.observing import ScoreFacts
-from billhook.layerworkers.patterns import NM, Pattern, Unstructured, parse_pattern
+from billhook.layerworkers.patterns import NM, Pattern, PerRow, Unstructured, parse_pattern
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.statistics import GRAM, covering
 from billhook.orchestrator.allocation import (
@@ -30,6 +31,7 @@ from billhook.orchestrator.allocation import (
     read_allocation,
 )
 from billhook.orchestrator.allocation.magnitudes import Histogram
+from billhook.orchestrator.allocation.outlets import Outlet
 from billhook.orchestrator.calibration import default_seqlen
 from billhook.orchestrator.checkpoint import Checkpoint
 from billhook.orchestrator.collected import Collected, as_collected, open_collected, statistics_files
@@ -92,6 +94,8 @@ class Request:
         """Return what one of the linears loses."""
         if self.allocation is None:
             return self.pattern
+        if (counts := self.allocation.by_row.get(linear.disk_name)) is not None:
+            return PerRow(tuple(counts), linear.shape[1])
         return Unstructured(self.allocation.sparsity_of(linear.disk_name))
 
     @property
@@ -379,12 +383,13 @@ def allocation_of(
     histograms: Callable[[], list[Histogram]] | None = None,
     spectra: Callable[[], list[list[np.ndarray]]] | None = None,
     scores: Callable[[float], Sequence[Sequence[ScoreFacts]]] | None = None,
-    deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[float]]] | None = None,
+    deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[Deviation]]] | None = None,
     losses: Callable[[Sequence[Candidate], int], Sequence[float]] | None = None,
+    outlets: Sequence[Outlet | None] = (),
 ) -> Allocation:
     """Return what the recipe's allocator makes of the linears chosen.
 
-    What may be looked at: see :class:`Evidence`; None where the allocator does not need it.
+    What may be looked at: see :class:`Evidence`; None, or nothing, where the allocator does not need it.
     """
 
     def unknown(*_: object) -> Any:
@@ -398,6 +403,7 @@ def allocation_of(
         [index for index, linears in enumerate(chosen) for _ in linears],
         deviations or unknown,
         losses or unknown,
+        outlets=outlets,
     )
     options = allocator_options(recipe.allocation, recipe.allocation_options)
     return allocated(recipe.allocation, options, evidence, pattern.sparsity)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from billhook.cluster.memory import own_bytes
-from billhook.layerworkers.candidates import Branch, BranchTask
+from billhook.layerworkers.candidates import Branch, BranchTask, Deviation
 from billhook.layerworkers.errors import BudgetError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import METHODS
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Brancher(Protocol):
     """A worker, or all of them: see :meth:`billhook.cluster.pool.WorkerPool.branch_block`."""
 
-    def branch_block(self, task: BranchTask) -> list[float]:
+    def branch_block(self, task: BranchTask) -> list[Deviation]:
         """Carry streams through a block and split them."""
 
 
@@ -56,24 +56,28 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """How candidates came out."""
+class Passed:
+    """How candidates left a block."""
 
-    deviations: list[list[float]]
-    """By candidate, of each block."""
-    stream_of: list[int]
-    """By candidate, the stream that it is at the end: those that are alike are one."""
+    deviations: Sequence[Deviation]
+    """By stream."""
+    stream_of: Sequence[int]
+    """By candidate, the stream that it is from there on: those that are alike are one."""
 
 
-def deviations_of(trial: Trial, candidates: Sequence[Candidate], report: Progress) -> list[list[float]]:
+def deviations_of(trial: Trial, candidates: Sequence[Candidate], report: Progress) -> list[list[Deviation]]:
     """Return how far each block of each candidate is from the dense block on the same input.
 
     Raises:
         InputError: when the hidden states of all candidates fit no budget.
         RunError: a worker failed.
     """
-    with _passed(trial, candidates, report) as (_, tried):
-        return tried.deviations
+    found: list[list[Deviation]] = [[] for _ in candidates]
+    with _passing(trial, candidates, report, _shrinkage_bytes(trial.request, candidates)) as (_, blocks):
+        for block in blocks:
+            for own, stream in zip(found, block.stream_of, strict=True):
+                own.append(block.deviations[stream])
+    return found
 
 
 def losses_of(trial: Trial, candidates: Sequence[Candidate], report: Progress) -> list[float]:
@@ -82,27 +86,41 @@ def losses_of(trial: Trial, candidates: Sequence[Candidate], report: Progress) -
     Raises:
         InputError, RunError: as :func:`deviations_of`.
     """
-    with _passed(trial, candidates, report) as (pool, tried):
+    stream_of: Sequence[int] = ()
+    with _passing(trial, candidates, report) as (pool, blocks):
+        for block in blocks:
+            stream_of = block.stream_of
         losses = [math.fsum(each.nats for each in own) / len(own) for own in pool.candidate_losses()]
-    return [losses[stream] for stream in tried.stream_of]
+    return [losses[stream] for stream in stream_of]
+
+
+def _shrinkage_bytes(request: Request, candidates: Sequence[Candidate]) -> int:
+    """Return what the deviations of all candidates take at most."""
+    channels = 0
+    for block, linears in enumerate(request.linears):
+        inputs = {linear.group: linear.shape[1] for linear in linears}
+        channels += sum(inputs.values()) * sum(each.get(block) is not None for each in candidates)
+    return 4 * channels
 
 
 @contextmanager
-def _passed(trial: Trial, candidates: Sequence[Candidate], report: Progress) -> Iterator[tuple[WorkerPool, Tried]]:
-    """Pass the samples through all candidates, on workers that wait for what is asked next."""
+def _passing(
+    trial: Trial, candidates: Sequence[Candidate], report: Progress, held_bytes: int = 0
+) -> Iterator[tuple[WorkerPool, Iterator[Passed]]]:
+    """Pass the samples through all candidates, as the blocks are asked for; held_bytes: see :func:`arranged_for`."""
     request, resources, windows = trial.request, trial.resources, trial.windows
     model, blocks, count = request.model, request.model.layout.blocks, len(windows.tokens)
     streams = most_streams(candidates, len(blocks))
     useful = resolve_workers(resources.workers, model.device, request.recipe.threads, count)
     check_gpus(useful, model.device, resources.address)
     counts = range(useful, 0, -1) if resources.workers == "auto" else [useful]
-    way = arranged_for(trial, streams, counts)
+    way = arranged_for(trial, streams, counts, held_bytes)
     workers = Workers(way.workers, request.recipe.threads, resources.address, way.workers, resources.dashboard)
     with ExitStack() as stack:
         stack.enter_context(ray_for(workers, model.device, report))
         places = reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)
         if places.size != way.workers:
-            way = arranged_for(trial, streams, [places.size])
+            way = arranged_for(trial, streams, [places.size], held_bytes)
         setup = model.worker_setup(workers.threads, way.activations, str(trial.scratch))
         expected = library_versions() | machine_facts(model.device)
         pool = stack.enter_context(start_pool(setup, places, expected=expected))
@@ -117,10 +135,9 @@ def carried(
     candidates: Sequence[Candidate],
     samples: int,
     report: Progress,
-) -> Tried:
-    """Carry candidates through all blocks; each block is loaded once."""
+) -> Iterator[Passed]:
+    """Carry candidates through all blocks, one after the other; each block is loaded once."""
     stream_of = [0] * len(candidates)
-    deviations: list[list[float]] = [[] for _ in candidates]
     for block in blocks:
         branches, stream_of = split(candidates, block.index, stream_of)
         task = BranchTask(
@@ -131,11 +148,8 @@ def carried(
             samples,
             tuple(tensor for later in blocks[block.index + 1 : block.index + 2] for tensor in later.tensors),
         )
-        found = pool.branch_block(task)
-        for own, stream in zip(deviations, stream_of, strict=True):
-            own.append(found[stream])
+        yield Passed(pool.branch_block(task), stream_of)
         report(Step("allocate", block.index + 1, len(blocks), f"{len(branches)} streams"))
-    return Tried(deviations, stream_of)
 
 
 def split(candidates: Sequence[Candidate], block: int, stream_of: Sequence[int]) -> tuple[list[Branch], list[int]]:
@@ -155,8 +169,10 @@ def most_streams(candidates: Sequence[Candidate], blocks: int) -> int:
     return most
 
 
-def arranged_for(trial: Trial, streams: int, workers: Sequence[int]) -> Arrangement:
+def arranged_for(trial: Trial, streams: int, workers: Sequence[int], held_bytes: int = 0) -> Arrangement:
     """Choose where hidden states are kept: those of all streams are samples of a run that prunes nothing.
+
+    held_bytes: what this process will hold of what is found.
 
     Raises:
         InputError: where they fit no budget.
@@ -183,7 +199,7 @@ def arranged_for(trial: Trial, streams: int, workers: Sequence[int]) -> Arrangem
             replace(budgets, scratch_disk=min(free, free if budgets.scratch_disk is None else budgets.scratch_disk)),
             measured_rates(model),
             workers,
-            own_bytes(os.getpid()),
+            own_bytes(os.getpid()) + held_bytes,
             {"activations": resources.activations, "intermediates": "auto", "statistics": "auto"},
             0,
             head,

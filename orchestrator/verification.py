@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from billhook.orchestrator.journal import FOLDER, has_loose_end, journal_path
 from billhook.orchestrator.logits import LogitsCheck, check_logits, prompts_of
 from billhook.orchestrator.output import CARD, COPY_BYTES, MANIFEST, hashes_of, is_ours, read_manifest, sha256_of
 from billhook.orchestrator.paths import user_path
+from billhook.orchestrator.promised_rows import broken_promise, promised_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def verify(
 
     Of statistics that were collected, only the records and the hashes are checked. Of a checkpoint, checked are: the
     journal line by line, the manifest against it, the hash of every file; of each pruned tensor the
-    count of zeros against the pattern, the N:M pattern, no NaN, no infinity, no negative zero; against the source the
+    count of zeros against the pattern, also of each row where an allocation said what each loses and its table is
+    still there, the N:M pattern, no NaN, no infinity, no negative zero; against the source the
     files, names, dtypes, shapes, shard layout, and byte identity of every tensor that was not pruned. What is timed
     (``events.jsonl`` and whatever else lies in the private folder) is not part of it.
 
@@ -98,6 +100,7 @@ def verify(
             checkpoint = open_checkpoint(folder)
             checked = len(checkpoint.tensors)
             problems += _check_checkpoint(checkpoint, source, manifest["linears"])
+            problems += _check_rows(checkpoint, manifest["linears"], promised_rows(folder, history))
     except (InputError, RunError) as error:
         problems.append(Problem(str(folder), str(error)))
     except OSError as error:
@@ -228,6 +231,18 @@ def _check_linear(checkpoint: Checkpoint, linear: dict[str, Any]) -> Iterator[Pr
         yield Problem(name, f"holds {zeros} zeros, {linear['removed']} were to be removed")
     if isinstance(pattern, NM) and kept > pattern.keep:
         yield Problem(name, f"keeps {kept} of {pattern.group} consecutive weights somewhere, pattern {pattern}")
+
+
+def _check_rows(
+    checkpoint: Checkpoint, linears: Sequence[dict[str, Any]], promised: Mapping[str, Sequence[int]]
+) -> Iterator[Problem]:
+    """Compare rows that were to lose numbers of their own with these."""
+    for linear in linears:
+        counts, entry = promised.get(linear["name"]), _entry(checkpoint, linear["name"])
+        if counts is None or entry is None or linear["pattern"] == DENSE:
+            continue
+        if (reason := broken_promise(entry, linear["transposed"], linear["removed"], counts)) is not None:
+            yield Problem(linear["name"], reason)
 
 
 def _check_against(checkpoint: Checkpoint, source: Checkpoint, pruned: set[str]) -> Iterator[Problem]:

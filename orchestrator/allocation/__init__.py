@@ -14,6 +14,7 @@ from billhook.orchestrator.allocation.table import (
     allocated,
     check_allocator,
     read_allocation,
+    tabled,
     write_allocation,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "allocated",
     "check_allocator",
     "read_allocation",
+    "tabled",
     "to_budget",
     "write_allocation",
 ]

@@ -180,8 +180,8 @@ ALLOCATORS: dict[str, Allocator] = {
         ),
         Allocator(
             "neuronal",
-            "Cunegatti et al., NeuronAl, TMLR 2025 (arXiv 2411.07066): its block step, as the authors' code has it",
-            "that slope of sparsity over the blocks which changes the norms of activations least",
+            "Cunegatti et al., NeuronAl, TMLR 2025 (arXiv 2411.07066), as the authors' code has it",
+            "that slope over the blocks, and that spread over rows, which change the norms of activations least",
             "candidates",
             NeuronAlOptions,
             neuronal,

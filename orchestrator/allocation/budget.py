@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
-
-HALVINGS = 200
-"""Of the interval that the common shift lies in: more than float64 can tell apart."""
+from billhook.layerworkers.water_filling import filled
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,9 @@ def to_budget(sparsities: Sequence[float], matrices: Sequence[Matrix], sparsity:
     that are cut off the largest are rounded up, by their order where they are equal.
     """
     total = int(sparsity * sum(matrix.size for matrix in matrices))
-    sizes = np.array([matrix.size for matrix in matrices], dtype=np.float64)
     steps = [matrix.step for matrix in matrices]
-    most = np.array([matrix.size // matrix.step * matrix.step - matrix.step for matrix in matrices], dtype=np.float64)
-    wanted = np.asarray(sparsities, dtype=np.float64)
-    low, high = -1.0 - float(wanted.max()), 1.0 - float(wanted.min())
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        if _clipped(wanted + middle, sizes, most).sum() < total:
-            low = middle
-        else:
-            high = middle
-    counts = _clipped(wanted + high, sizes, most)
+    most = [matrix.size // matrix.step * matrix.step - matrix.step for matrix in matrices]
+    counts = filled(sparsities, [matrix.size for matrix in matrices], most, total)
     removed = [int(count) // step * step for count, step in zip(counts, steps, strict=True)]
     by_remainder = sorted(range(len(steps)), key=lambda index: (removed[index] - counts[index]) / steps[index])
     missing = total - sum(removed)
@@ -61,8 +49,3 @@ def to_budget(sparsities: Sequence[float], matrices: Sequence[Matrix], sparsity:
         if not taken:
             break
     return removed
-
-
-def _clipped(sparsities: np.ndarray, sizes: np.ndarray, most: np.ndarray) -> np.ndarray:
-    counts: np.ndarray = np.clip(sparsities * sizes, 0.0, most)
-    return counts

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from billhook.layerworkers.candidates import Change
+from billhook.layerworkers.candidates import Change, Deviation
 from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator.allocation.budget import Matrix
 from billhook.orchestrator.allocation.magnitudes import Histogram
+from billhook.orchestrator.allocation.outlets import Outlet
 
 Candidate = Mapping[int, Change]
 """What is done to some blocks of a model, by their indices; the others stay dense."""
@@ -33,16 +34,30 @@ class Evidence:
     above which they are counted: the calibration samples pass the model."""
     blocks: Sequence[int]
     """Index of the block of each matrix."""
-    deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[float]]]
-    """Returns how far each block of each candidate is from the dense block on the same input, see
-    :func:`billhook.layerworkers.candidates.run_branches`: so many calibration samples pass all candidates together."""
+    deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[Deviation]]]
+    """Returns how each block of each candidate is from the dense block on the same input: so many calibration samples
+    pass all candidates together."""
     losses: Callable[[Sequence[Candidate], int], Sequence[float]]
     """Returns each candidate's mean cross-entropy in nats per token, on so many of the calibration samples."""
+    outlets: Sequence[Outlet | None] = ()
+    """Where the rows of each matrix show; None where that is not known."""
 
     @property
     def pruned_blocks(self) -> list[int]:
         """The indices of the blocks of which something is pruned, ascending."""
         return sorted(set(self.blocks))
+
+
+@dataclass(frozen=True)
+class ForRows:
+    """Sparsities of matrices, and how the rows of some of them share what their matrix loses."""
+
+    sparsities: Sequence[float]
+    """Of each matrix."""
+    scores: Mapping[str, np.ndarray]
+    """[R] by the matrix's name; the rows of the others lose the same."""
+    spread: float
+    """See :func:`billhook.layerworkers.row_shares.row_counts`."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +72,9 @@ class Allocator:
     """``shapes``, ``weights``, ``tokens`` (calibration samples pass the dense model), or ``candidates`` (they pass
     changed ones)."""
     options: type[Any]
-    """A frozen dataclass of the allocator's own options, each a number with a default."""
-    sparsities: Callable[[Evidence, float, Any], list[float]]
-    """``sparsities(evidence, sparsity, options)``: of each matrix; they need not add up."""
+    """A frozen dataclass of the allocator's own options, each a number or string with a default."""
+    sparsities: Callable[[Evidence, float, Any], list[float] | ForRows]
+    """``sparsities(evidence, sparsity, options)``: of each matrix, and maybe of its rows; they need not add up."""
 
     @property
     def runs_samples(self) -> bool:

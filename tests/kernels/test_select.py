@@ -8,6 +8,7 @@ from billhook.kernels.select import (
     below_with_ties,
     bin_of,
     histogram,
+    smallest_by_row,
     smallest_in_groups,
     smallest_in_rows,
     smallest_reference,
@@ -94,6 +95,18 @@ def test_zero_where_leaves_the_others_alone(dtype: torch.dtype) -> None:
     assert torch.equal(values, expected)
     assert not torch.signbit(values[mask]).any()
     assert torch.signbit(values[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # loops, and what a GPU does
+def test_each_row_may_lose_a_number_of_its_own(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(-3, 9, (31, 30), generator=generator).to(dtype) / 7  # many ties
+    score[3, ::4] = float("inf")
+    score[4, ::3] = -0.0
+    counts = torch.arange(31)
+    expected = torch.stack([smallest_reference(row, count) for count, row in enumerate(score)])
+    assert torch.equal(smallest_by_row(score, counts), expected)
+    assert torch.equal(counts, torch.arange(31))
 
 
 def test_scores_of_another_precision_are_compared_in_it() -> None:

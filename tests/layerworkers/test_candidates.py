@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
 
-from billhook.layerworkers.candidates import Branch, Perturb, Prune, perturbed
+from billhook.layerworkers.candidates import (
+    NO_DEVIATION,
+    Branch,
+    Deviation,
+    Perturb,
+    Prune,
+    PruneRows,
+    RowScores,
+    perturbed,
+)
 from billhook.layerworkers.collective import Alone, all_gather
 from billhook.layerworkers.errors import BudgetError
+from billhook.layerworkers.row_shares import row_counts
 from billhook.layerworkers.tasks import Sample
 from billhook.layerworkers.worker import BlockWorker
 from billhook.orchestrator import InputError, allocate
-from billhook.orchestrator.allocation.contract import Candidate
+from billhook.orchestrator.allocation import ALLOCATORS, Allocation, Candidate, Evidence, Matrix, allocated
+from billhook.orchestrator.allocation.outlets import outlets_of
 from billhook.orchestrator.calibration import Windows, deal_samples
 from billhook.orchestrator.events import no_progress
 from billhook.orchestrator.model import Model, open_model
@@ -30,12 +44,20 @@ WINDOWS = torch.randint(0, 500, (3, 24), generator=torch.Generator().manual_seed
 ONE_AT_A_TIME = threading.Lock()
 """Modules on the meta device are made by switching a device that all threads share."""
 
+SCORES = RowScores(
+    {
+        f"model.layers.1.{name}.weight": np.random.default_rng(rows).normal(size=rows).astype(np.float32)
+        for name, rows in (("self_attn.o_proj", 64), ("mlp.up_proj", 144))
+    }
+)
+
 CANDIDATES: list[Candidate] = [
     {},
     {0: Prune(0.5), 1: Prune(0.5), 2: Prune(0.5)},
     {0: Prune(0.5), 1: Prune(0.7)},
     {1: Perturb(0.01, 5)},
     {1: Perturb(-0.01, 5)},
+    {0: Prune(0.5), 1: PruneRows(0.7, 0.2, SCORES)},
     {},
 ]
 
@@ -49,9 +71,20 @@ def tried(model: Model, candidates: list[Candidate], activations: str = "device"
         worker.start(model.layout.stem, deal_samples(windows, 1, group.size)[group.rank])
     all_gather(group, 0)  # only then may a block be run
     linears = [block.linears for block in model.layout.blocks]
-    found = carried(worker, model.layout.blocks, linears, candidates, len(WINDOWS), no_progress)
+    blocks = list(carried(worker, model.layout.blocks, linears, candidates, len(WINDOWS), no_progress))
     losses = worker.candidate_losses()
-    return found.deviations, [[each.nats for each in losses[stream]] for stream in found.stream_of]
+    deviations = [
+        [block.deviations[block.stream_of[number]] for block in blocks] for number, _ in enumerate(candidates)
+    ]
+    return deviations, [[each.nats for each in losses[stream]] for stream in blocks[-1].stream_of]
+
+
+def told(deviations: Sequence[Sequence[Deviation]]) -> list[Any]:
+    """All that deviations tell, to compare it."""
+    return [
+        [(each.distance, {name: x.tolist() for name, x in each.shrinkage.items()}) for each in own]
+        for own in deviations
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +118,7 @@ def norms_of(block: torch.nn.Module, states: list[torch.Tensor], model: Any) -> 
     return {name: square.sqrt() for name, square in squares.items()}, outputs
 
 
-def by_hand(folder: Path, candidate: Candidate) -> tuple[list[float], list[float]]:
+def by_hand(folder: Path, candidate: Candidate) -> tuple[list[Any], list[float]]:
     """Deviations and losses of one candidate, from the model as transformers has it, block by block."""
     from transformers import AutoModelForCausalLM
 
@@ -97,16 +130,27 @@ def by_hand(folder: Path, candidate: Candidate) -> tuple[list[float], list[float
             change = candidate.get(index)
             before, _ = norms_of(block, states, model)
             for number, (name, module) in enumerate(linear_modules(block).items()):
-                if isinstance(change, Prune):
+                if isinstance(change, Prune | PruneRows):
                     scores = module.weight.abs() * before[name].float()
-                    gone = scores.argsort(dim=1, stable=True)[:, : int(change.sparsity * scores.shape[1])]
-                    module.weight.scatter_(1, gone, 0.0)
+                    rows, columns = scores.shape
+                    counts = np.full(rows, int(change.sparsity * columns))
+                    own = SCORES.of.get(f"model.layers.{index}.{name}.weight")
+                    if isinstance(change, PruneRows) and own is not None:
+                        counts = row_counts(own, columns, int(counts.sum()), change.spread)
+                        assert np.ptp(counts) > 10
+                    for row, gone in enumerate(scores.argsort(dim=1, stable=True)):
+                        module.weight[row, gone[: counts[row]]] = 0.0
                 elif isinstance(change, Perturb):
                     module.weight.copy_(perturbed(module.weight, change, number))
             after, states = norms_of(block, states, model)
             shares = [(before[name] / before[name].sum(), after[name] / after[name].sum()) for name in before]
             distance = sum(float((a - b).norm()) / len(a) for a, b in shares)
-            deviations.append(distance if isinstance(change, Prune) else 0.0)
+            shrinkage = {
+                f"model.layers.{index}.{name}.weight": before[name] - after[name]
+                for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+            }
+            pruned = isinstance(change, Prune | PruneRows)
+            deviations.append(Deviation(distance, shrinkage) if pruned else NO_DEVIATION)
         losses = [
             torch.nn.functional.cross_entropy(model.lm_head(model.model.norm(hidden))[0, :-1], torch.tensor(window[1:]))
             for hidden, window in zip(states, WINDOWS, strict=True)
@@ -118,7 +162,11 @@ def test_candidates_together_are_what_each_would_be_alone(llama: Path, opened: M
     deviations, losses = tried(opened, CANDIDATES)
     for number, candidate in enumerate(CANDIDATES):
         expected_deviations, expected_losses = by_hand(llama, candidate)
-        assert deviations[number] == pytest.approx(expected_deviations, rel=1e-3, abs=1e-9)
+        for found, expected in zip(deviations[number], expected_deviations, strict=True):
+            assert found.distance == pytest.approx(expected.distance, rel=1e-3, abs=1e-9)
+            assert found.shrinkage.keys() == expected.shrinkage.keys()
+            for name, shrunk in expected.shrinkage.items():
+                assert found.shrinkage[name] == pytest.approx(shrunk.numpy(), rel=1e-3, abs=1e-4)
         assert losses[number] == pytest.approx(expected_losses, rel=1e-4)
     assert len({tuple(each) for each in losses}) == len(CANDIDATES) - 1, "the first and the last are alike"
 
@@ -128,8 +176,8 @@ def test_experts_and_transposed_weights_are_changed_and_restored(make_model: Any
     model = open_model(make_model(family, torch.float32, **FAMILIES[family]), "cpu", "float32", False)
     candidates: list[Candidate] = [{}, {0: Prune(0.6)}, {0: Prune(0.0)}, {}]
     deviations, losses = tried(model, candidates)
-    assert deviations[0] == deviations[2] == [0.0] * len(model.layout.blocks)
-    assert deviations[1][0] > 0
+    assert [each.distance for each in (*deviations[0], *deviations[2])] == [0.0] * 2 * len(model.layout.blocks)
+    assert deviations[1][0].distance > 0
     assert losses[0] == losses[2] == losses[3]
     assert losses[1] != losses[0]
     worker = BlockWorker(model.worker_setup(1), Alone())
@@ -140,23 +188,60 @@ def test_experts_and_transposed_weights_are_changed_and_restored(make_model: Any
 
 
 def test_what_is_found_does_not_depend_on_workers_or_on_where_states_are_parked(opened: Model, run_group: Any) -> None:
-    alone = tried(opened, CANDIDATES)
-    assert tried(opened, CANDIDATES, "disk") == alone
+    deviations, losses = tried(opened, CANDIDATES)
+    again = tried(opened, CANDIDATES, "disk")
+    assert (told(again[0]), again[1]) == (told(deviations), losses)
     for workers in (2, 4):  # of four workers one has no sample
         results = run_group(workers, lambda group: tried(opened, CANDIDATES, group=group))
-        assert all(deviations == alone[0] for deviations, _ in results)
+        assert all(told(own) == told(deviations) for own, _ in results)
         together = [[nats for own in each for nats in own] for each in zip(*(own for _, own in results), strict=True)]
-        assert together == alone[1]
+        assert together == losses
+
+
+def test_rows_that_are_not_spread_lose_the_same(opened: Model) -> None:
+    candidates: list[Candidate] = [{1: Prune(0.7)}, {1: PruneRows(0.7, 0.0, SCORES)}, {1: PruneRows(0.7, 0.1, SCORES)}]
+    deviations, losses = tried(opened, candidates)
+    assert told(deviations)[0] == told(deviations)[1] != told(deviations)[2]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_neuronal_makes_the_same_table_whatever_the_number_of_workers(opened: Model, run_group: Any) -> None:
+    """Both steps, with the deviations that workers find."""
+    blocks = opened.layout.blocks
+    linears = [linear for block in blocks for linear in block.linears]
+    matrices = [Matrix(linear.disk_name, *linear.shape, linear.shape[0]) for linear in linears]
+    outlets = [outlet for block in blocks for outlet in outlets_of(block.linears, block.groups, 4, 2)]
+
+    def unknown(*_: object) -> Any:
+        raise AssertionError
+
+    def table(group: Any) -> Allocation:
+        evidence = Evidence(
+            *(matrices, unknown, unknown, unknown, [block.index for block in blocks for _ in block.linears]),
+            *(lambda candidates, samples: tried(opened, candidates, group=group)[0], unknown),
+            outlets=outlets,
+        )
+        return allocated("neuronal", ALLOCATORS["neuronal"].options(), evidence, Fraction(7, 10))
+
+    one = table(Alone())
+    assert set(one.by_row) == {
+        f"model.layers.{block}.{name}.weight"
+        for block in range(2)
+        for name in (*(f"self_attn.{each}_proj" for each in "qkvo"), "mlp.gate_proj", "mlp.up_proj")
+    }
+    assert all(sum(counts) == one.removed[name] for name, counts in one.by_row.items())
+    for workers in (2, 3):
+        assert run_group(workers, table) == [one] * workers
 
 
 def test_candidates_are_one_stream_for_as_long_as_they_are_alike() -> None:
-    branches, stream_of = split(CANDIDATES, 0, [0] * 6)
+    branches, stream_of = split(CANDIDATES, 0, [0] * len(CANDIDATES))
     assert branches == [Branch(0, None), Branch(0, Prune(0.5))]
-    assert stream_of == [0, 1, 1, 0, 0, 0]
+    assert stream_of == [0, 1, 1, 0, 0, 1, 0]
     branches, stream_of = split(CANDIDATES, 1, stream_of)
-    assert [branch.parent for branch in branches] == [0, 0, 0, 1, 1]
-    assert stream_of == [0, 3, 4, 1, 2, 0]
-    assert most_streams(CANDIDATES, 3) == 5
+    assert [branch.parent for branch in branches] == [0, 0, 0, 1, 1, 1]
+    assert stream_of == [0, 3, 4, 1, 2, 5, 0]
+    assert most_streams(CANDIDATES, 3) == 6
     assert most_streams([{}, {}], 3) == 1
 
 

@@ -12,7 +12,7 @@ from billhook.kernels.gram import add_gram_, gram_reference
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.errors import InputError, RunError
 from billhook.layerworkers.methods import METHODS, Solution, method_named
-from billhook.layerworkers.patterns import NM, Pattern, Selector, Unstructured
+from billhook.layerworkers.patterns import NM, Pattern, PerRow, Selector, Unstructured
 from billhook.layerworkers.problem import LinearProblem
 
 HALF = Unstructured(Fraction(1, 2))
@@ -99,6 +99,14 @@ def test_every_group_of_an_nm_pattern_keeps_n(name: str, keep: int, group: int) 
 def test_what_compares_rows_by_themselves_takes_as_many_from_each(name: str) -> None:
     sparse = solve(name, weights(), activations(), HALF).weight_RC
     assert ((sparse == 0).sum(dim=1) == 48).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if method_named(name).within_rows])
+def test_it_takes_another_number_from_each_where_it_is_told_so(name: str) -> None:
+    counts = tuple((7 * row) % 97 for row in range(48))
+    solution = solve(name, weights(), activations(), PerRow(counts, 96))
+    assert tuple((solution.weight_RC == 0).sum(dim=1).tolist()) == counts
+    assert solution.removed == sum(counts)
 
 
 @pytest.mark.parametrize("block", [1, 7, 32, 96, 128])

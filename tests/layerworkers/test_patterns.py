@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from billhook.kernels.select import smallest_reference
+from billhook.kernels.select import smallest_by_row, smallest_reference
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.errors import InputError, RunError
-from billhook.layerworkers.patterns import NM, Selector, Unstructured, parse_pattern
+from billhook.layerworkers.patterns import NM, PerRow, Selector, Unstructured, of_rows, parse_pattern
 
 
 def test_a_sparsity_is_the_decimal_that_was_written() -> None:
@@ -51,6 +51,21 @@ def test_the_smallest_over_several_workers_are_those_of_the_whole(run_group: Any
     pattern = Unstructured(Fraction(sparsity))
     masks = run_group(workers, lambda group: Selector(pattern, False, group)(parts[group.rank]))
     assert torch.equal(torch.cat(masks), smallest_reference(score, int(pattern.sparsity * score.numel())))
+
+
+@pytest.mark.parametrize("within_rows", [True, False])
+def test_rows_lose_numbers_of_their_own_also_by_parts_and_in_some_of_the_columns(within_rows: bool) -> None:
+    score = torch.rand(9, 20, generator=torch.Generator().manual_seed(0))
+    pattern = PerRow((0, 20, 3, 5, 7, 11, 1, 2, 19), 20)
+    select = Selector(pattern, within_rows, Alone())
+    assert pattern.sparsity == Fraction(68, 180)
+    assert torch.equal(select(score), smallest_by_row(score, torch.tensor(pattern.counts)))
+    assert select.to_remove(score) == 68
+    assert select.part(score, Fraction(1, 2)).sum(dim=1).tolist() == [0, 10, 1, 2, 3, 5, 0, 1, 9]
+    assert select(score[:, :10]).sum(dim=1).tolist() == [0, 10, 1, 2, 3, 5, 0, 1, 9]
+    some = of_rows(pattern, 3, 6)
+    assert Selector(some, within_rows, Alone())(score[3:6]).sum(dim=1).tolist() == [5, 7, 11]
+    assert of_rows(NM(2, 4), 3, 6) == NM(2, 4)
 
 
 def test_a_nan_score_is_an_error() -> None:

@@ -15,7 +15,7 @@ import torch
 from billhook.layerworkers import solving
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.methods import METHODS, method_named
-from billhook.layerworkers.patterns import NM, Pattern, Unstructured
+from billhook.layerworkers.patterns import NM, Pattern, PerRow, Unstructured, of_rows
 from billhook.layerworkers.problem import LinearProblem
 from billhook.layerworkers.reduction import even_ranges, total
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
@@ -109,7 +109,10 @@ def solved_by(
 ) -> list[list[Solved]]:
     weights, inputs = problem(dtype)
     table = method_named(method)
-    tasks = [LinearTask(name, name, pattern, method, table.options(), correction) for name in weights]
+    tasks = [
+        LinearTask(name, name, of_rows(pattern, 0, len(weight)), method, table.options(), correction)
+        for name, weight in weights.items()
+    ]
     partitions = 0 if table.statistic is None else 6
     sizes = (4, partitions, 16)
     task = BlockTask(0, (), (), tuple(tasks), "lockstep", "", *sizes, pace=pace)
@@ -137,6 +140,20 @@ def test_any_number_of_workers_gives_the_same_bytes(run_group: Any, method: str,
             assert [one.report for one in each] == [other.report for other in reference]
             for one, other in zip(each, reference, strict=True):
                 assert torch.equal(one.weight.view(torch.int16), other.weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("method", ["wanda+swaps", "magnitude"])
+def test_rows_that_lose_numbers_of_their_own_lose_them_whoever_has_them(run_group: Any, method: str) -> None:
+    counts = tuple((11 * row) % 64 for row in range(96))
+    (reference,) = solved_by(1, run_group, method, PerRow(counts, 64), torch.bfloat16)
+    for each in reference:
+        rows = len(each.weight)
+        assert tuple((each.weight == 0).sum(dim=1).tolist()) == counts[:rows]
+        assert (each.report.removed, each.report.pattern) == (sum(counts[:rows]), "unstructured")
+    for workers, pace in ((2, ALL_SOLVE), (3, ALL_SOLVE), (2, WHOLE_LINEARS)):
+        for own in solved_by(workers, run_group, method, PerRow(counts, 64), torch.bfloat16, pace=pace):
+            assert [one.report for one in own] == [other.report for other in reference]
+            assert all(torch.equal(a.weight, b.weight) for a, b in zip(own, reference, strict=True))
 
 
 @pytest.mark.parametrize("method", ["auto", "sparsegpt", "wanda", "admm+refit"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,12 +19,20 @@ from steps import step_of
 
 from billhook.layerworkers.observing import ScoreFacts
 from billhook.orchestrator import InputError, allocate, prune, verify
-from billhook.orchestrator.allocation import ALLOCATORS, Evidence, Matrix, read_allocation, to_budget
+from billhook.orchestrator.allocation import (
+    ALLOCATORS,
+    Evidence,
+    Matrix,
+    read_allocation,
+    to_budget,
+    write_allocation,
+)
 from billhook.orchestrator.allocation.alphapruning import from_exponents, tail_exponent
 from billhook.orchestrator.allocation.magnitudes import Histogram, histogram
 from billhook.orchestrator.allocation.spectra import spectrum
 from billhook.orchestrator.checkpoint import open_file
 from billhook.orchestrator.events import Event
+from billhook.orchestrator.printing import allocation_as_text
 from billhook.orchestrator.recipe import merged_options, read_options
 
 SHAPES = [(64, 64), (16, 64), (16, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
@@ -473,6 +482,12 @@ def test_what_is_planned_says_how_it_is_allocated(llama: Path) -> None:
         (lambda content: content["linears"]["a"].update(removed=-4), r"a: cannot remove -4"),
         (lambda content: content["linears"]["a"].update(removed=5), r"each of the 4 rows, and 5 is no multiple"),
         (lambda content: content.update(colour="red"), r"colour: Extra inputs are not permitted"),
+        (lambda content: content["linears"]["a"].update(rows="1*3"), r"a: its rows are no list of 4 numbers such as"),
+        (lambda content: content["linears"]["a"].update(rows="1 1 -1 3"), r"a: its rows are no list of 4 numbers"),
+        (lambda content: content["linears"]["a"].update(rows=[1, 1, 1, 1]), r"a\.rows: Input should be a valid string"),
+        (lambda content: content["linears"]["a"].update(rows="0*3 4"), r"a: cannot remove 4 of the 3 entries of a row"),
+        (lambda content: content["linears"]["a"].update(rows="1*3 3"), r"a: its rows lose 6 entries together, not 4"),
+        (lambda content: content["linears"]["b"].update(rows="2"), r"b: the file says what each row loses, and the"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -485,7 +500,29 @@ def test_bad_files_are_refused(tmp_path: Path, change: Any, message: str) -> Non
     path = tmp_path / "table.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
-        read_allocation(str(path), [Matrix("a", 4, 3, 4), Matrix("b", 1, 4)])
+        read_allocation(str(path), [Matrix("a", 4, 3, 4), Matrix("b", 2, 2)])
+
+
+def test_rows_are_written_and_read_and_files_without_them_as_before(tmp_path: Path) -> None:
+    content = {
+        "allocation": "neuronal",
+        "sparsity": 0.5,
+        "linears": {"a": {"removed": 6, "of": 12, "rows": "0*2 3*2"}, "b": {"removed": 2, "of": 4}},
+    }
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    matrices = [Matrix("a", 4, 3, 4), Matrix("b", 1, 4)]
+    table = read_allocation(str(tmp_path / "table.json"), matrices)
+    assert {name: list(counts) for name, counts in table.by_row.items()} == {"a": [0, 0, 3, 3]}
+    assert table.rows_of("a") == (0.0, 1.0)
+    assert table.rows_of("b") == (0.5, 0.5)
+    assert "\na    0.5000  rows 0.0000 to 1.0000\nb    0.5000\n" in allocation_as_text(table)
+    write_allocation(table, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == content
+    assert read_allocation(str(tmp_path / "again.json"), matrices) == table
+    alike = replace(table, by_row={})
+    assert alike.sha256 == "c7747eb112c79138751aa9b72e472a8b894cb65c7c8b88871ea1811e1cea5978", "as before"
+    other = replace(table, by_row={"a": array("i", [0, 1, 2, 3])})
+    assert len({table.sha256, alike.sha256, other.sha256}) == 3
 
 
 def test_a_table_is_never_written_over_something(llama: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,13 +16,26 @@ import torch
 from safetensors.torch import load_file
 from steps import step_of
 
-from billhook.layerworkers.candidates import Perturb, Prune, perturbed
+from billhook.layerworkers.candidates import Deviation, Perturb, Prune, PruneRows, perturbed
 from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator import allocate, prune, verify
-from billhook.orchestrator.allocation import ALLOCATORS, Candidate, Evidence, Matrix, to_budget
+from billhook.orchestrator.allocation import (
+    ALLOCATORS,
+    Allocation,
+    Candidate,
+    Evidence,
+    Matrix,
+    allocated,
+    tabled,
+    to_budget,
+)
+from billhook.orchestrator.allocation.contract import ForRows
 from billhook.orchestrator.allocation.ecoflap import importances_of, kept_by_importance
 from billhook.orchestrator.allocation.neuronal import slope
+from billhook.orchestrator.allocation.outlets import Outlet
 from billhook.orchestrator.allocation.shapley import contributions, shapley, windows_of
+from billhook.orchestrator.history import read_history
+from billhook.orchestrator.promised_rows import promised_rows
 
 NAMES = ["neuronal", "sv-nup", "ecoflap"]
 
@@ -39,13 +53,16 @@ def evidence_of(
 
     return Evidence(
         *(matrices, unknown, unknown, unknown, [block for block in blocks for _ in "ab"]),
-        lambda candidates, samples: [[deviation(each) / 2] * 2 for each in candidates],
+        lambda candidates, samples: [[Deviation(deviation(each) / 2, {})] * 2 for each in candidates],
         lambda candidates, samples: [loss(each) for each in candidates],
+        outlets=[None for _ in matrices],
     )
 
 
 def shares(name: str, evidence: Evidence, sparsity: float, **options: Any) -> list[float]:
-    return ALLOCATORS[name].sparsities(evidence, sparsity, ALLOCATORS[name].options(**options))
+    found = ALLOCATORS[name].sparsities(evidence, sparsity, ALLOCATORS[name].options(**options))
+    assert not isinstance(found, ForRows)
+    return found
 
 
 @pytest.mark.parametrize(("sparsity", "count"), [(0.7, 14), (0.8, 13), (0.9, 13)])
@@ -77,6 +94,83 @@ def test_neuronal_takes_the_slope_with_the_smallest_sum() -> None:
     assert slope(0.5, 0.2, 1) == [0.5]
     assert slope(0.1, 0.2, 3) == pytest.approx([0.01, 0.1, 0.3])
     assert sum(slope(0.6, 0.25, 9)) / 9 == pytest.approx(0.6)
+
+
+SHRUNK = np.array([3.0, 0.0, 1.0, -1.0, 0.5, 0.25, 2.0, 2.0], dtype=np.float32)
+
+
+def rows_of(own_deviation: Callable[[float], float], seen: list[Candidate], step: int = 8) -> Evidence:
+    """Three blocks of four linears: rows of a show in c's input; what the spread of rows is worth."""
+    matrices = [Matrix(f"{block}.{name}", 8, 100, step) for block in range(3) for name in "abcd"]
+
+    def deviations(candidates: Sequence[Candidate], samples: int) -> list[list[Deviation]]:
+        seen.extend(candidates)
+        found = []
+        for candidate in candidates:
+            spreads = {change.spread if isinstance(change, PruneRows) else 0.0 for change in candidate.values()}
+            shrinkage = [
+                {f"{block}.a": np.zeros(100, np.float32), f"{block}.c": SHRUNK, f"{block}.d": np.ones(8, np.float32)}
+                for block in range(3)
+            ]
+            found.append([Deviation(own_deviation(max(spreads)), shrinkage[block]) for block in range(3)])
+        return found
+
+    def unknown(*_: object) -> Any:
+        raise AssertionError
+
+    return Evidence(
+        *(matrices, unknown, unknown, unknown, [block for block in range(3) for _ in "abcd"], deviations, unknown),
+        outlets=[outlet for block in range(3) for outlet in (Outlet(f"{block}.c"), None, Outlet(f"{block}.d"), None)],
+    )
+
+
+@pytest.mark.parametrize("sparsity", [0.7, 0.85])
+def test_neuronal_spreads_rows_by_the_authors_grid_around_the_best_slope(sparsity: float) -> None:
+    seen: list[Candidate] = []
+    evidence = rows_of(lambda spread: abs(spread - 0.12), seen)
+    found = ALLOCATORS["neuronal"].sparsities(evidence, sparsity, ALLOCATORS["neuronal"].options())
+    assert isinstance(found, ForRows)
+    grid = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10, 0.12, 0.15, 0.20, 0.25]
+    best, *others = seen[-15:]
+    assert len(seen) - 15 == (14 if sparsity < 0.8 else 13)
+    assert best == seen[0], "not to spread at all is what the first step chose"
+    assert [next(c.spread for c in each.values() if isinstance(c, PruneRows)) for each in others] == grid
+    for each in others:
+        first, second, last = (each[block] for block in range(3))
+        assert last == best[2], "the last block is left alone"
+        for own, plain in ((first, best[0]), (second, best[1])):
+            assert isinstance(own, PruneRows)
+            assert isinstance(plain, Prune)
+            assert own.sparsity == plain.sparsity
+    assert found.spread == 0.12
+    assert set(found.scores) == {"0.a", "1.a"}, "where rows show, and not all alike"
+    assert np.array_equal(found.scores["0.a"], SHRUNK)
+    table = allocated("neuronal", ALLOCATORS["neuronal"].options(), evidence, Fraction(str(sparsity)))
+    plain = allocated("neuronal", ALLOCATORS["neuronal"].options(step="block"), evidence, Fraction(str(sparsity)))
+    assert table.removed == plain.removed
+    assert not plain.by_row
+    assert {name: sum(counts) for name, counts in table.by_row.items()} == {
+        name: table.removed[name] for name in ("0.a", "1.a")
+    }
+    assert table.by_row["0.a"].index(min(table.by_row["0.a"])) == 0, "the norm that shrank most keeps most"
+    assert table.by_row["0.a"].index(max(table.by_row["0.a"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("deviation", "step", "options"),
+    [
+        (lambda spread: spread, 8, {}),
+        (lambda spread: 1.0, 8, {}),
+        (lambda spread: -spread, 8, {"step": "block"}),
+        (lambda spread: -spread, 1, {}),
+    ],
+    ids=["better so", "of equal ones the first", "not asked for", "compared over the linear"],
+)
+def test_rows_lose_the_same(deviation: Callable[[float], float], step: int, options: dict[str, Any]) -> None:
+    seen: list[Candidate] = []
+    found = shares("neuronal", rows_of(deviation, seen, step), 0.7, **options)
+    assert found == shares("neuronal", rows_of(deviation, seen, step), 0.7, step="block")
+    assert len(seen) == 28 + (15 if step == 8 and not options else 0)
 
 
 def games(players: int) -> tuple[dict[frozenset[int], float], frozenset[int]]:
@@ -221,6 +315,7 @@ def test_blocks_in_another_order_get_the_same_shares_in_that_order(name: str, op
     ("name", "options", "message"),
     [
         ("neuronal", {"samples": 0}, "samples=0: expected at least 1"),
+        ("neuronal", {"step": "row"}, "step=row: expected both or block"),
         ("sv-nup", {"window": 9}, "window=9: expected 1 to 8"),
         ("sv-nup", {"spread": 0.7}, r"spread=0\.7: expected a number between"),
         ("ecoflap", {"scale": 0.0}, r"scale=0\.0: expected a positive number"),
@@ -241,20 +336,51 @@ def options_of(text_file: Path, name: str) -> Any:
 
 def test_a_run_follows_what_candidates_tell(llama: Path, text_file: Path, tmp_path: Path, ray_cluster: None) -> None:
     options = options_of(text_file, "neuronal")
-    table = allocate(llama, tmp_path / "table.json", workers=2, **options)
+    prune(llama, tmp_path / "out", workers=2, **options)
+    (stored,) = (tmp_path / "out" / "billhook").glob("allocation-*.json")
+    table = tabled(stored)
+    assert table is not None
     assert table.sparsity == pytest.approx(Fraction(6, 10), abs=2e-3)
     first, second, third = (table.sparsity_of(name) for name in sorted(table.removed) if "q_proj" in name)
     assert first < second < third
-    prune(llama, tmp_path / "out", workers=1, **options)
-    zeros = {}
-    for path in sorted((tmp_path / "out").glob("*.safetensors")):
-        zeros |= {each: int((w == 0).sum()) for each, w in load_file(path).items() if each.endswith("_proj.weight")}
-    assert zeros == table.removed, "as with two workers"
+    assert len(table.by_row) == 12
+    check_rows(tmp_path / "out", table)
     assert verify(tmp_path / "out").ok
     steps: list[str] = []
     again = prune(llama, tmp_path / "out", progress=lambda event: steps.append(step_of(event)[0]), **options)
     assert again.already_finished
     assert "allocate" not in steps, "what was found out is kept"
+
+    shutil.copy(stored, tmp_path / "table.json")
+    options |= {"allocation": str(tmp_path / "table.json"), "allocation_options": {}, "sparsity": None}
+    with pytest.raises(OptionError, match=r"the file says what each row loses, and the method compares all rows"):
+        prune(llama, tmp_path / "by-file", **{**options, "method": "sparsegpt"})
+    assert not (tmp_path / "by-file").exists()
+    prune(llama, tmp_path / "by-file", workers=1, **{**options, "method": "wanda+dsnot"})
+    check_rows(tmp_path / "by-file", table)
+    (tmp_path / "table.json").write_text("{}")
+    assert promised_rows(tmp_path / "by-file", read_history(tmp_path / "by-file")) == {}, "the table is another one now"
+
+
+@pytest.mark.thorough
+def test_what_is_allocated_alone_is_what_a_run_allocates(
+    llama: Path, text_file: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    options = options_of(text_file, "neuronal")
+    table = allocate(llama, tmp_path / "table.json", workers=3, **options)
+    prune(llama, tmp_path / "out", workers=1, **options)
+    (stored,) = (tmp_path / "out" / "billhook").glob("allocation-*.json")
+    assert stored.read_bytes() == (tmp_path / "table.json").read_bytes()
+    assert tabled(stored) == table
+
+
+def check_rows(output: Path, table: Allocation) -> None:
+    assert promised_rows(output, read_history(output)) == table.by_row
+    for path in sorted(output.glob("*.safetensors")):
+        for name, weight in load_file(path).items():
+            if name in table.removed:
+                zeros = (weight == 0).sum(dim=1).tolist()
+                assert zeros == list(table.by_row.get(name, [table.removed[name] // len(weight)] * len(weight)))
 
 
 def test_losses_of_candidates_come_from_all_workers(
