@@ -126,7 +126,8 @@ def _merged(group: Collective, own: Mapping[str, T]) -> dict[str, T]:
 
 def _scores(weight: Tensor, norms_C: Tensor) -> Iterator[Tensor]:
     for start, stop in bands(weight.shape):
-        yield weight[start:stop].to(norms_C.device, torch.float32).abs_() * norms_C
+        # Not in place: a weight in float32 is the caller's.
+        yield weight[start:stop].to(norms_C.device, torch.float32).abs() * norms_C
 
 
 def score_total(weight: Tensor, norms_C: Tensor) -> float:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from steps import step_of
 
-from billhook.layerworkers.observing import ScoreFacts
+from billhook.layerworkers.observing import ScoreFacts, score_facts, score_total
 from billhook.orchestrator import InputError, allocate, prune, verify
 from billhook.orchestrator.allocation import (
     ALLOCATORS,
@@ -325,6 +325,13 @@ def test_spectra_are_squared_singular_values(
 def test_a_spectrum_that_does_not_fit_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--ram 1MiB: --allocation alphapruning needs \d+MiB"):
         allocate(llama, tmp_path / "table.json", allocation="alphapruning", method="magnitude", ram="1MiB")
+
+
+def test_looking_at_scores_leaves_weights_alone() -> None:
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    before = weight.clone()
+    score_facts("w", weight, torch.ones(4), score_total(weight, torch.ones(4)), 1.0, 1.0)
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
