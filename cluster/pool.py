@@ -25,6 +25,7 @@ from billhook.cluster.placement import Reservation, free_places, on_this_node
 from billhook.cluster.scribe import RemoteFiles, Scribe
 from billhook.cluster.session import inherited
 from billhook.layerworkers.access import OutputAccess
+from billhook.layerworkers.besa import LearnTask
 from billhook.layerworkers.candidates import BranchTask, Deviation
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError, UnlikeNodesError
 from billhook.layerworkers.machine import library_versions, machine_facts
@@ -294,6 +295,11 @@ class WorkerPool:
         """Carry streams through a block and split them; see :meth:`BlockWorker.branch_block`."""
         deviations: list[Deviation] = self._call("branch_block", task)[0]
         return deviations
+
+    def learn_block(self, task: LearnTask) -> list[float]:
+        """Learn how sparse a block's linears should be; see :meth:`BlockWorker.learn_block`."""
+        shares: list[float] = self._call("learn_block", task)[0]
+        return shares
 
     def candidate_losses(self) -> list[list[WindowLoss]]:
         """Return the losses of all samples, in order, for each stream; see :meth:`BlockWorker.candidate_losses`."""

@@ -29,9 +29,7 @@ class Activations(MutableSequence[Tensor]):
     def __setitem__(self, index: Any, value: Tensor | Iterable[Tensor]) -> None:
         """Replace one sample's hidden state."""
         assert isinstance(value, Tensor)
-        before = self._states[index]
-        if not isinstance(before, Tensor):
-            before.give_up()
+        _give_up(self._states[index])
         self._states[index] = self._kept(value)
 
     def insert(self, index: int, value: Tensor) -> None:
@@ -39,8 +37,15 @@ class Activations(MutableSequence[Tensor]):
         self._states.insert(index, self._kept(value))
 
     def __delitem__(self, index: Any) -> None:
-        """Remove a sample."""
+        """Remove a sample, or, given a slice, several; their places may be used again."""
+        for state in self._states[index] if isinstance(index, slice) else [self._states[index]]:
+            _give_up(state)
         del self._states[index]
 
     def _kept(self, value: Tensor) -> Tensor | Parked:
         return value if self._parking is None else self._parking.park(value)
+
+
+def _give_up(state: Tensor | Parked) -> None:
+    if not isinstance(state, Tensor):
+        state.give_up()

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
+from billhook.layerworkers.besa import LearnTask, learn_block
 from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.candidates import BranchTask, Deviation, LoadedBlock, run_branches
 from billhook.layerworkers.collected import write_collected
@@ -105,9 +106,7 @@ class BlockWorker:
             self._skeleton.set_parameter(tensor.module_name, self._reader.read(tensor.entry))
         self._samples, self._arguments = list(samples), None
         self._candidates: list[Activations] = []
-        self._hidden, self._dense = (
-            Activations(self._device, self._parking(self._setup.activations)) for _ in range(2)
-        )
+        self._hidden, self._dense = self._new_stream(), self._new_stream()
         for sample in self._samples:
             tokens = torch.tensor(sample.tokens, dtype=torch.int64)
             hidden, arguments = self._skeleton.begin(tokens, self._embedding_rows)
@@ -188,6 +187,7 @@ class BlockWorker:
         if inputs is not None:
             removed_from = [name for name, report in reports.items() if report.removed]
             reconstruction = self._reconstruct(task, disk, removed_from, inputs)
+            del inputs[:]  # those that are parked give their places back
             for name, report in list(reports.items()):
                 reports[name] = recounted(report, disk[name])
                 if name in own:
@@ -259,7 +259,7 @@ class BlockWorker:
 
     def _copied_inputs(self) -> Activations:
         """Return copies of the samples' hidden states: those are overwritten."""
-        copies = Activations(self._device, self._parking(self._setup.activations))
+        copies = self._new_stream()
         for hidden in self._hidden:
             copies.append(hidden.clone())
         return copies
@@ -429,21 +429,13 @@ class BlockWorker:
         """
         disk = self._load(task.tensors)
         self._reader.begin(task.next_tensors)
-        modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
         self._candidates, deviations = run_branches(
-            LoadedBlock(
-                self._skeleton.blocks[task.index],
-                self._skeleton.facts(task.index).input_groups,
-                dict(task.linears),
-                disk,
-                lambda name, weight: self._skeleton.set_parameter(modules[name], weight),
-                self._arguments_of(task.index),
-            ),
+            self._loaded(task, disk),
             self._candidates or [self._hidden],
             task.branches,
             self._samples,
             task.samples,
-            lambda: Activations(self._device, self._parking(self._setup.activations)),
+            self._new_stream,
             self._device,
             self._group,
         )
@@ -452,6 +444,46 @@ class BlockWorker:
         disk.clear()
         self._drop_block(task.index)
         return deviations
+
+    def _loaded(self, task: BranchTask | LearnTask, disk: Mapping[str, Tensor]) -> LoadedBlock:
+        modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
+        return LoadedBlock(
+            self._skeleton.blocks[task.index],
+            self._skeleton.facts(task.index).input_groups,
+            dict(task.linears),
+            disk,
+            lambda name, weight: self._skeleton.set_parameter(modules[name], weight),
+            self._arguments_of(task.index),
+        )
+
+    def _new_stream(self) -> Activations:
+        return Activations(self._device, self._parking(self._setup.activations))
+
+    @torch.inference_mode()
+    def learn_block(self, task: LearnTask) -> list[float]:
+        """Return how sparse the block's linears should be, and carry the samples through it pruned so.
+
+        See :func:`billhook.layerworkers.besa.learn_block`.
+
+        Raises:
+            InputError, RunError: as :meth:`branch_block`.
+        """
+        disk = self._load(task.tensors)
+        self._reader.begin(task.next_tensors)
+        shares = learn_block(
+            self._loaded(task, disk),
+            self._hidden,
+            task.learning,
+            [sample.index for sample in self._samples],
+            task.samples,
+            self._new_stream,
+            self._device,
+            self._group,
+        )
+        self._check_finite_states(task.index, self._hidden)
+        disk.clear()
+        self._drop_block(task.index)
+        return shares
 
     def candidate_losses(self) -> list[list[WindowLoss]]:
         """Return the losses of this worker's samples, as :meth:`losses` does, for each stream beyond the last block."""

@@ -18,6 +18,7 @@ from typing import TypeVar, Unpack
 import numpy as np
 
 from billhook.cluster.memory import own_bytes
+from billhook.layerworkers.besa import Learning
 from billhook.layerworkers.candidates import Deviation
 from billhook.layerworkers.errors import InputError, OptionError, OutputError
 from billhook.layerworkers.machine import library_versions, machine_facts
@@ -40,12 +41,14 @@ from billhook.orchestrator.budgets import resolve_budgets
 from billhook.orchestrator.calibration import Windows, calibration_windows, check_vocabulary, deal_samples
 from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.journal import FOLDER
+from billhook.orchestrator.learning import learnt_shares
+from billhook.orchestrator.passing import Trial
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import Plan, make_plan, with_workers
 from billhook.orchestrator.promised_rows import STORED
 from billhook.orchestrator.recipe import Resources, RunOptions, read_options
 from billhook.orchestrator.request import Request, allocation_of, allocator_options, make_request, matrices_of
-from billhook.orchestrator.trying import Trial, deviations_of, losses_of
+from billhook.orchestrator.trying import deviations_of, losses_of
 from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
 T = TypeVar("T")
@@ -156,8 +159,11 @@ def allocated(
     def losses(candidates: Sequence[Candidate], samples: int) -> list[float]:
         return losses_of(trial(samples), candidates, report)
 
+    def learnt(learning: Learning, samples: int) -> list[float]:
+        return learnt_shares(trial(samples), learning, report)
+
     allocator = ALLOCATORS[request.recipe.allocation]
-    if allocator.needs == "candidates" and request.collected is not None:
+    if allocator.needs in ("candidates", "gradients") and request.collected is not None:
         raise OptionError(
             f"--allocation {allocator.name}: passes samples through changed models, and --collected runs none; choose "
             "another allocator, or let 'billhook allocate' write a file for 'solve' to read"
@@ -168,7 +174,7 @@ def allocated(
             f"{request.recipe.method} does without; choose another of the two"
         )
     found = allocation_of(
-        *(request.recipe, request.linears, request.pattern, histograms, spectra, scores, deviations, losses),
+        *(request.recipe, request.linears, request.pattern, histograms, spectra, scores, deviations, losses, learnt),
         outlets=_outlets(request),
     )
     return replace(request, allocation=found)

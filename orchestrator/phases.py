@@ -196,6 +196,20 @@ def changing(facts: BlockWork, recipe: Recipe) -> Need:
     return _weights(facts.block, recipe) + Need(changed + running, facts.next_bytes, 0)
 
 
+def learning_by_gradients(facts: BlockWork, recipe: Recipe) -> Need:
+    """Return what it takes to learn how sparse a block's linears should be, beside hidden states between blocks.
+
+    There are the dense weights and masked ones, the order of their entries, their gradients, some rows in other dtypes,
+    and what gradients of a sample need; the next block is read meanwhile.
+    """
+    item = getattr(torch, recipe.dtype).itemsize
+    entries = sum(linear.shape[0] * linear.shape[1] for linear in facts.linears)
+    footprint = facts.footprint
+    running = 2 * footprint.made_bytes + footprint.running_bytes + 2 * footprint.hidden_bytes
+    learning = _compute_bytes(facts.block, recipe) + entries * (item + 4) + 8 * BAND_BYTES
+    return _weights(facts.block, recipe) + Need(learning + running, facts.next_bytes, 0)
+
+
 def sizes_bytes(job: Job, facts: BlockWork, stage: Stage) -> int:
     """Return the bytes of one total of each input of a stage."""
     sizes = ((job.statistic(facts, linears), linears[0].shape[1]) for linears in stage)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from billhook.layerworkers.besa import Learning
 from billhook.layerworkers.candidates import Deviation
 from billhook.layerworkers.errors import OptionError, UnsupportedModelError
 from billhook.layerworkers.machine import library_versions, machine_facts
@@ -385,6 +386,7 @@ def allocation_of(
     scores: Callable[[float], Sequence[Sequence[ScoreFacts]]] | None = None,
     deviations: Callable[[Sequence[Candidate], int], Sequence[Sequence[Deviation]]] | None = None,
     losses: Callable[[Sequence[Candidate], int], Sequence[float]] | None = None,
+    learnt: Callable[[Learning, int], Sequence[float]] | None = None,
     outlets: Sequence[Outlet | None] = (),
 ) -> Allocation:
     """Return what the recipe's allocator makes of the linears chosen.
@@ -403,6 +405,7 @@ def allocation_of(
         [index for index, linears in enumerate(chosen) for _ in linears],
         deviations or unknown,
         losses or unknown,
+        learnt or unknown,
         outlets=outlets,
     )
     options = allocator_options(recipe.allocation, recipe.allocation_options)

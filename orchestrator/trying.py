@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import reduce
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.candidates import Branch, BranchTask, Deviation
-from billhook.layerworkers.errors import BudgetError
-from billhook.layerworkers.machine import library_versions, machine_facts
-from billhook.layerworkers.methods import METHODS
 from billhook.orchestrator.allocation import Candidate
-from billhook.orchestrator.budgets import DISK_RESERVE_BYTES, free_disk_bytes, resolve_budgets
-from billhook.orchestrator.calibration import Windows, deal_samples
-from billhook.orchestrator.evaluation import logits_bytes
 from billhook.orchestrator.events import Progress, Step
-from billhook.orchestrator.job import Job
 from billhook.orchestrator.layout import Block, Linear
-from billhook.orchestrator.model import check_gpus, resolve_workers
-from billhook.orchestrator.phases import Need, changing, larger
-from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
-from billhook.orchestrator.planning import block_work
-from billhook.orchestrator.probe import measured_rates
-from billhook.orchestrator.recipe import Resources
+from billhook.orchestrator.passing import Load, Trial, passing
+from billhook.orchestrator.phases import changing
 from billhook.orchestrator.request import Request
-from billhook.orchestrator.workers import PATIENCE_SECONDS, Workers, ray_for, reserve_places, start_pool
 
 if TYPE_CHECKING:
     from billhook.cluster.pool import WorkerPool
@@ -41,18 +25,6 @@ class Brancher(Protocol):
 
     def branch_block(self, task: BranchTask) -> list[Deviation]:
         """Carry streams through a block and split them."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What candidates are tried on."""
-
-    request: Request
-    resources: Resources
-    windows: Windows
-    """The samples that pass them."""
-    scratch: Path
-    """Folder for what memory has no room for."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +79,17 @@ def _shrinkage_bytes(request: Request, candidates: Sequence[Candidate]) -> int:
 def _passing(
     trial: Trial, candidates: Sequence[Candidate], report: Progress, held_bytes: int = 0
 ) -> Iterator[tuple[WorkerPool, Iterator[Passed]]]:
-    """Pass the samples through all candidates, as the blocks are asked for; held_bytes: see :func:`arranged_for`."""
-    request, resources, windows = trial.request, trial.resources, trial.windows
-    model, blocks, count = request.model, request.model.layout.blocks, len(windows.tokens)
-    streams = most_streams(candidates, len(blocks))
-    useful = resolve_workers(resources.workers, model.device, request.recipe.threads, count)
-    check_gpus(useful, model.device, resources.address)
-    counts = range(useful, 0, -1) if resources.workers == "auto" else [useful]
-    way = arranged_for(trial, streams, counts, held_bytes)
-    workers = Workers(way.workers, request.recipe.threads, resources.address, way.workers, resources.dashboard)
-    with ExitStack() as stack:
-        stack.enter_context(ray_for(workers, model.device, report))
-        places = reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)
-        if places.size != way.workers:
-            way = arranged_for(trial, streams, [places.size], held_bytes)
-        setup = model.worker_setup(workers.threads, way.activations, str(trial.scratch))
-        expected = library_versions() | machine_facts(model.device)
-        pool = stack.enter_context(start_pool(setup, places, expected=expected))
-        pool.start(model.layout.stem, deal_samples(windows, 1, pool.size))
-        yield pool, carried(pool, blocks, request.linears, candidates, count, report)
+    """Pass the samples through all candidates, as the blocks are asked for; held_bytes: see :class:`Load`."""
+    blocks, count = trial.request.model.layout.blocks, len(trial.windows.tokens)
+    with passing(trial, load_of(candidates, len(blocks), count, held_bytes), report) as pool:
+        yield pool, carried(pool, blocks, trial.request.linears, candidates, count, report)
+
+
+def load_of(candidates: Sequence[Candidate], blocks: int, samples: int, held_bytes: int) -> Load:
+    """Return what candidates take while so many samples pass them."""
+    streams = most_streams(candidates, blocks)
+    told = f"carries up to {streams} candidates at once, each with the hidden states of {samples} samples"
+    return Load(streams, changing, told, held_bytes=held_bytes)
 
 
 def carried(
@@ -167,46 +131,3 @@ def most_streams(candidates: Sequence[Candidate], blocks: int) -> int:
         branches, stream_of = split(candidates, block, stream_of)
         most = max(most, len(branches))
     return most
-
-
-def arranged_for(trial: Trial, streams: int, workers: Sequence[int], held_bytes: int = 0) -> Arrangement:
-    """Choose where hidden states are kept: those of all streams are samples of a run that prunes nothing.
-
-    held_bytes: what this process will hold of what is found.
-
-    Raises:
-        InputError: where they fit no budget.
-    """
-    request, resources, windows = trial.request, trial.resources, len(trial.windows.tokens)
-    method, model = METHODS["magnitude"], request.model
-    recipe = request.recipe.model_copy(
-        update={
-            **{"method": method.name, "methods": {}, "correction": 0.0, "reconstruct": 0, "fit": method.fit},
-            **{"samples": streams * windows, "partition_samples": streams},
-        }
-    )
-    seqlen = recipe.seqlen or 0
-    job = Job(recipe, method, method.options(), request.pattern, streams * windows, resources.address is None)
-    work = block_work(model, request.linears, seqlen)
-    head = reduce(larger, (changing(facts, recipe) for facts in work), Need(logits_bytes(model, seqlen), 0, 0))
-    budgets = resolve_budgets(resources.vram, resources.ram, resources.disk, model.device, None, resources.scratch)
-    here = resolve_workers("auto", model.device, recipe.threads, windows)
-    free = max(0, free_disk_bytes(trial.scratch) - DISK_RESERVE_BYTES)
-    try:
-        return arrange(
-            job,
-            [replace(facts, linears=()) for facts in work],
-            replace(budgets, scratch_disk=min(free, free if budgets.scratch_disk is None else budgets.scratch_disk)),
-            measured_rates(model),
-            workers,
-            own_bytes(os.getpid()) + held_bytes,
-            {"activations": resources.activations, "intermediates": "auto", "statistics": "auto"},
-            0,
-            head,
-            None if resources.address is None else here,
-        )
-    except DoesNotFitError as error:
-        raise BudgetError(
-            f"--allocation {request.recipe.allocation}: carries up to {streams} candidates at once, each with the "
-            f"hidden states of {windows} samples (--set-allocation samples=N for fewer). {error}"
-        ) from error

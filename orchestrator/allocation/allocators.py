@@ -9,6 +9,7 @@ import numpy as np
 
 from billhook.layerworkers.errors import OptionError
 from billhook.orchestrator.allocation.alphapruning import AlphaPruningOptions, alphapruning
+from billhook.orchestrator.allocation.besa import BesaOptions, besa
 from billhook.orchestrator.allocation.contract import (
     Allocator,
     Evidence,
@@ -201,6 +202,14 @@ ALLOCATORS: dict[str, Allocator] = {
             "candidates",
             EcoflapOptions,
             ecoflap,
+        ),
+        Allocator(
+            "besa",
+            "Xu et al., BESA, ICLR 2024 (arXiv 2402.16880), section 3.2, by linear; Adam in the place of Prodigy",
+            "blocks alike; within each, the sparsities that cost its output least, learnt by gradients",
+            "gradients",
+            BesaOptions,
+            besa,
         ),
     )
 }

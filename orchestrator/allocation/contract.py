@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from billhook.layerworkers.besa import Learning
 from billhook.layerworkers.candidates import Change, Deviation
 from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.observing import ScoreFacts
@@ -39,6 +40,9 @@ class Evidence:
     pass all candidates together."""
     losses: Callable[[Sequence[Candidate], int], Sequence[float]]
     """Returns each candidate's mean cross-entropy in nats per token, on so many of the calibration samples."""
+    learnt: Callable[[Learning, int], Sequence[float]]
+    """Returns the sparsity of each matrix, learnt as so many of the calibration samples pass the model block by block,
+    see :func:`billhook.layerworkers.besa.learn_block`."""
     outlets: Sequence[Outlet | None] = ()
     """Where the rows of each matrix show; None where that is not known."""
 
@@ -69,8 +73,8 @@ class Allocator:
     """Paper and section."""
     summary: str
     needs: str
-    """``shapes``, ``weights``, ``tokens`` (calibration samples pass the dense model), or ``candidates`` (they pass
-    changed ones)."""
+    """``shapes``, ``weights``, ``tokens`` (calibration samples pass the dense model), ``candidates`` (they pass changed
+    ones), or ``gradients`` (they pass blocks forward and backward)."""
     options: type[Any]
     """A frozen dataclass of the allocator's own options, each a number or string with a default."""
     sparsities: Callable[[Evidence, float, Any], list[float] | ForRows]
@@ -79,7 +83,7 @@ class Allocator:
     @property
     def runs_samples(self) -> bool:
         """Whether it looks at calibration samples."""
-        return self.needs in ("tokens", "candidates")
+        return self.needs in ("tokens", "candidates", "gradients")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def check_spread(spread: float) -> None:
 
 
 def check_samples(samples: int) -> None:
-    """Check the option ``samples`` of allocators that try candidates."""
+    """Check the option ``samples`` of allocators that look at some of them only."""
     if samples < 1:
         raise OptionError(f"samples={samples}: expected at least 1, for example 8")
 

@@ -34,10 +34,12 @@ from billhook.orchestrator.allocation.outlets import outlets_of
 from billhook.orchestrator.calibration import Windows, deal_samples
 from billhook.orchestrator.events import no_progress
 from billhook.orchestrator.model import Model, open_model
+from billhook.orchestrator.passing import Load, Trial, arranged_for
+from billhook.orchestrator.phases import changing
 from billhook.orchestrator.placing import Arrangement
 from billhook.orchestrator.recipe import read_options
 from billhook.orchestrator.request import make_request
-from billhook.orchestrator.trying import Trial, arranged_for, carried, most_streams, split
+from billhook.orchestrator.trying import carried, most_streams, split
 
 WINDOWS = torch.randint(0, 500, (3, 24), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -253,7 +255,7 @@ def test_hidden_states_of_all_candidates_are_planned_with_and_parked_where_they_
         recipe, resources = read_options(None, {**options, "ram": ram})
         windows = Windows(((1, 2),) * 8, "")
         trial = Trial(make_request(llama, recipe), resources, windows, Path("."))
-        return arranged_for(trial, streams, [1])
+        return arranged_for(trial, Load(streams, changing, ""), [1])
 
     one, many = arranged(1, "100GiB"), arranged(streams, "100GiB")
     assert many.activations == "device"

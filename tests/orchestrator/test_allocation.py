@@ -76,7 +76,8 @@ def shares(
     """What an allocator makes of the evidence given."""
     allocator = ALLOCATORS[name]
     evidence = Evidence(
-        *(matrices, lambda: found, lambda: spectra, lambda multiple: scores, [], lambda *_: [], lambda *_: [])
+        *(matrices, lambda: found, lambda: spectra, lambda multiple: scores, [], lambda *_: [], lambda *_: []),
+        lambda *_: [],
     )
     return allocator.sparsities(evidence, sparsity, allocator.options(**options))
 

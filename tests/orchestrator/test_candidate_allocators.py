@@ -55,6 +55,7 @@ def evidence_of(
         *(matrices, unknown, unknown, unknown, [block for block in blocks for _ in "ab"]),
         lambda candidates, samples: [[Deviation(deviation(each) / 2, {})] * 2 for each in candidates],
         lambda candidates, samples: [loss(each) for each in candidates],
+        unknown,
         outlets=[None for _ in matrices],
     )
 
@@ -119,7 +120,16 @@ def rows_of(own_deviation: Callable[[float], float], seen: list[Candidate], step
         raise AssertionError
 
     return Evidence(
-        *(matrices, unknown, unknown, unknown, [block for block in range(3) for _ in "abcd"], deviations, unknown),
+        *(
+            matrices,
+            unknown,
+            unknown,
+            unknown,
+            [block for block in range(3) for _ in "abcd"],
+            deviations,
+            unknown,
+            unknown,
+        ),
         outlets=[outlet for block in range(3) for outlet in (Outlet(f"{block}.c"), None, Outlet(f"{block}.d"), None)],
     )
 
