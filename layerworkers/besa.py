@@ -2,7 +2,8 @@
 
 For each linear there is a distribution over candidate sparsities; an entry is kept with the probability of those
 candidates that do not remove it. A forward pass uses the mask of the expected sparsity, gradients pass as if it were
-those probabilities (Xu et al., BESA, ICLR 2024, section 3.2: one distribution for each linear, not for each row).
+those probabilities. Inputs have passed what was pruned so far, targets the dense model (Xu et al., BESA, ICLR 2024,
+arXiv 2402.16880; one distribution for each linear, not for each row).
 
 Legend: R rows (outputs), C columns (inputs), L linears, D candidate sparsities.
 """
@@ -10,18 +11,17 @@ Legend: R rows (outputs), C columns (inputs), L linears, D candidate sparsities.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.block_facts import Arguments
 from billhook.layerworkers.candidates import LoadedBlock, pruned
 from billhook.layerworkers.collective import Collective, all_gather
-from billhook.layerworkers.gradients import differentiable, weight_gradients
+from billhook.layerworkers.gradients import Differentiable
 from billhook.layerworkers.lockstep import run_observed, run_plain
 from billhook.layerworkers.observing import InputSquares
 from billhook.layerworkers.reconstruction import batches
@@ -165,11 +165,11 @@ def channel_error(output: Tensor, target: Tensor) -> Tensor:
 @torch.inference_mode()
 def learn_block(
     block: LoadedBlock,
-    states: Activations,
+    states: MutableSequence[Tensor],
+    dense: MutableSequence[Tensor],
     learning: Learning,
     samples: Sequence[int],
     partitions: int,
-    new_stream: Callable[[], Activations],
     device: torch.device,
     group: Collective,
 ) -> list[float]:
@@ -179,23 +179,20 @@ def learn_block(
     asked. Where the block's error is not smaller with them, on all samples, all linears have the same. The same on
     every worker, whatever number of them there is; collective over ``group``.
 
-    states: of the sparse stream; replaced by the block's outputs. samples: indices of this worker's, each a partition
-    of its own. partitions: samples over all workers. new_stream: makes one without hidden states.
+    states: of the samples after what was pruned so far, [1, T, H]; replaced by those after this block pruned. dense: of
+    the same in the dense model; replaced by those after this block. samples: indices of this worker's, each a partition
+    of its own. partitions: samples over all workers.
     """
     names = list(block.disk_names.values())
+    run_plain(block.module, dense, block.arguments)
     if not names:
         run_plain(block.module, states, block.arguments)
         return []
     squares = InputSquares(block.module, block.groups, block.disk_names, samples, 1, device)
     run_observed(block.module, squares.groups, states, block.arguments, squares.add)
     norms = squares.norms(partitions, group)
-    targets = new_stream()
-    for hidden in states:
-        targets.append(hidden.clone())
-    run_plain(block.module, targets, block.arguments)
-
     sizes = [block.weights[name].numel() for name in names]
-    learnt = learnt_shares(block, norms, states, targets, learning, samples, partitions, device, group)
+    learnt = learnt_shares(block, norms, states, dense, learning, samples, partitions, device, group)
     most = [size - 1 for size in sizes]
     counts = filled(learnt, sizes, most, learning.sparsity * sum(sizes))
     found = [float(count) / size for count, size in zip(counts, sizes, strict=True)]
@@ -207,14 +204,13 @@ def learn_block(
 
     def error_with(shares: Sequence[float]) -> float:
         put(shares)
-        return _mean_error(block.module, states, targets, block.arguments, group)
+        return _mean_error(block.module, states, dense, block.arguments, group)
 
     before = error_with(even)
     if not error_with(found) < before:  # nor where it is not a number
         found = even
         put(found)
     run_plain(block.module, states, block.arguments)
-    del targets[:]  # those that are parked give their places back
     return found
 
 
@@ -231,12 +227,13 @@ def learnt_shares(
 ) -> list[float]:
     """Return the expected sparsity of each linear after learning; their mean is near what is asked, not equal to it.
 
-    norms: 2-norms [C] of the linears' input channels, by name on disk. inputs, targets: before and after the dense
-    block, [1, T, H]. The paper's optimiser is Prodigy; this is Adam (Kingma & Ba, ICLR 2015).
+    norms: 2-norms [C] of the linears' input channels, by name on disk. inputs: of the block, after what was pruned so
+    far; targets: what the dense model's block makes of the same samples, each [1, T, H]. The paper's optimiser is
+    Prodigy; this is Adam (Kingma & Ba, ICLR 2015).
     """
     names = list(block.disk_names)
     with torch.inference_mode(False), torch.enable_grad():
-        parameters, arguments = differentiable(block.module, block.arguments)
+        copies = Differentiable(block.module, names, block.arguments)
         dense = dict(block.module.named_parameters())
         linears = {
             name: Masked(
@@ -247,7 +244,7 @@ def learnt_shares(
         shares = Shares([linear.dense_RC.numel() for linear in linears.values()], learning)
         for batch in list(batches(partitions)) * learning.epochs:
             for (name, linear), share in zip(linears.items(), shares.expected(), strict=True):
-                linear.write(parameters[f"{name}.weight"], share)
+                linear.write(copies.weight(name), share)
             own: dict[int, np.ndarray] = {}
             for position, index in enumerate(samples):
                 if index not in batch:
@@ -255,11 +252,13 @@ def learnt_shares(
                 target = targets[position].float()
                 scale = target.shape[-2]  # so that nothing is too small for the gradients of 16 bits
 
-                def loss_of(output: Tensor, target: Tensor = target, scale: int = scale) -> Tensor:
+                def loss(output: Tensor, target: Tensor = target, scale: int = scale) -> Tensor:
                     return scale * channel_error(output.float(), target)
 
-                found = weight_gradients(block.module, parameters, names, inputs[position].clone(), arguments, loss_of)
-                gradients = [linears[name].removal_gradient(each) for name, each in zip(names, found, strict=True)]
+                found = copies.of_weights(inputs[position], loss)
+                gradients = [
+                    linear.removal_gradient(each) for linear, each in zip(linears.values(), found, strict=True)
+                ]
                 own[index] = np.stack(gradients) / scale
             everyone = {index: each for of_rank in all_gather(group, own) for index, each in of_rank.items()}
             shares.step(np.sum([everyone[index] for index in batch], axis=0) / len(batch))

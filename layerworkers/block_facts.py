@@ -68,9 +68,19 @@ class Footprint:
     running_bytes: int
     """Most that is alive at once while it runs, its input included."""
     made_bytes: int
-    """All tensors that it makes on the way: no more of them is kept for gradients."""
+    """All tensors that it makes on the way, attention's scores left out: no more of them is kept for gradients."""
     waiting_bytes: dict[str, int]
     """What is alive while it waits for a group of linears, its input included; by the name of the stop."""
+    scores_bytes: int
+    """Of attention's scores in float32, of every token for every other: they are held for gradients only."""
+
+    @property
+    def backward_bytes(self) -> int:
+        """Most that is alive at once while it runs through the block and gradients back, beside those of weights.
+
+        What is made is there, and gradients of it; the scores, what becomes of them, and gradients of these.
+        """
+        return 2 * self.made_bytes + self.running_bytes + 3 * self.scores_bytes
 
 
 def kind_of(block: nn.Module, arguments: Arguments) -> object:
@@ -148,9 +158,9 @@ def _is_router(block: nn.Module, name: str) -> bool:
 
 
 def footprint_on_meta(
-    block: nn.Module, hidden: Tensor, arguments: Arguments, groups: tuple[InputGroup, ...]
+    block: nn.Module, hidden: Tensor, arguments: Arguments, groups: tuple[InputGroup, ...], heads: int
 ) -> Footprint:
-    """Return what one sample needs in a block whose parameters are on the meta device."""
+    """Return what one sample needs in a block whose parameters are on the meta device; heads: of its attention."""
     live = LiveTensors()
     waiting: dict[str, int] = {}
 
@@ -159,7 +169,7 @@ def footprint_on_meta(
 
     with live.watching():
         _call_on_meta(block, hidden, arguments, [group.stop for group in groups], note)
-    return Footprint(hidden.nbytes, live.peak_bytes, live.made_bytes, waiting)
+    return Footprint(hidden.nbytes, live.peak_bytes, live.made_bytes, waiting, 4 * heads * hidden.shape[1] ** 2)
 
 
 def _call_on_meta(

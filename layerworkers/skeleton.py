@@ -244,13 +244,15 @@ class Skeleton:
     def footprints(self, tokens: int) -> list[Footprint]:
         """Return for each block what one sample of ``tokens`` tokens needs in it; no weight is needed."""
         found: dict[object, Footprint] = {}
+        heads = getattr(self.config.get_text_config(), "num_attention_heads", 0)  # some have none
         by_block: list[Footprint] = []
 
         def visit(index: int, given: Tensor, arguments: Arguments) -> Tensor:
             block = self.blocks[index]
             kind = kind_of(block, arguments)
             if kind not in found:
-                found[kind] = footprint_on_meta(block, given, arguments, self._facts[index].input_groups)
+                groups = self._facts[index].input_groups
+                found[kind] = footprint_on_meta(block, given, arguments, groups, heads)
             by_block.append(found[kind])
             return given
 

@@ -233,10 +233,13 @@ class BlockWorker:
                     self._skeleton.set_parameter(modules[report.name], disk[report.name])
 
         def prune() -> None:
-            self._fit_of(replace(task, linears=tuple(linears)), solve).run(self._copied_inputs(), arguments)
+            inputs = self._copied_inputs()
+            self._fit_of(replace(task, linears=tuple(linears)), solve).run(inputs, arguments)
+            del inputs[:]  # those that are parked give their places back
 
         masters = {name: disk[disk_name] for name, disk_name in names.items()}
         tune_in_rounds(block, masters, samples, arguments, rounds, prune, put, self._group, self._device)
+        del targets[:]
         return squares
 
     @staticmethod
@@ -463,7 +466,7 @@ class BlockWorker:
     def learn_block(self, task: LearnTask) -> list[float]:
         """Return how sparse the block's linears should be, and carry the samples through it pruned so.
 
-        See :func:`billhook.layerworkers.besa.learn_block`.
+        Beside runs the dense stream. See :func:`billhook.layerworkers.besa.learn_block`.
 
         Raises:
             InputError, RunError: as :meth:`branch_block`.
@@ -473,14 +476,14 @@ class BlockWorker:
         shares = learn_block(
             self._loaded(task, disk),
             self._hidden,
+            self._dense,
             task.learning,
             [sample.index for sample in self._samples],
             task.samples,
-            self._new_stream,
             self._device,
             self._group,
         )
-        self._check_finite_states(task.index, self._hidden)
+        self._check_hidden(task.index)
         disk.clear()
         self._drop_block(task.index)
         return shares

@@ -23,9 +23,8 @@ def learnt_shares(trial: Trial, learning: Learning, report: Progress) -> list[fl
             f"--allocation {request.recipe.allocation}: {request.model.checkpoint.folder} is a mixture of experts, "
             "through whose routing goes no gradient; choose another allocator"
         )
-    load = Load(
-        2, learning_by_gradients, f"passes each block backward, and holds two hidden states of {samples} samples"
-    )
+    told = f"passes each block backward, with the hidden states of {samples} samples in two streams"
+    load = Load(2, learning_by_gradients, told, dense_stream=True)
     found: list[float] = []
     with passing(trial, load, report) as pool:
         for block, linears in zip(blocks, request.linears, strict=True):

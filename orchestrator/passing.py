@@ -58,6 +58,8 @@ class Load:
     """What it is, for a person whose budgets it exceeds."""
     held_bytes: int = 0
     """What this process will hold of what is found."""
+    dense_stream: bool = False
+    """Whether one of the streams is the dense model's, beside another."""
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def passing(trial: Trial, load: Load, report: Progress) -> Iterator[WorkerPool]:
         places = reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)
         if places.size != way.workers:
             way = arranged_for(trial, load, [places.size])
-        setup = model.worker_setup(workers.threads, way.activations, str(trial.scratch))
+        setup = model.worker_setup(workers.threads, way.activations, str(trial.scratch), dense_stream=load.dense_stream)
         expected = library_versions() | machine_facts(model.device)
         pool = stack.enter_context(start_pool(setup, places, expected=expected))
         pool.start(model.layout.stem, deal_samples(windows, 1, pool.size))

@@ -205,7 +205,7 @@ def learning_by_gradients(facts: BlockWork, recipe: Recipe) -> Need:
     item = getattr(torch, recipe.dtype).itemsize
     entries = sum(linear.shape[0] * linear.shape[1] for linear in facts.linears)
     footprint = facts.footprint
-    running = 2 * footprint.made_bytes + footprint.running_bytes + 2 * footprint.hidden_bytes
+    running = footprint.backward_bytes + 2 * footprint.hidden_bytes
     learning = _compute_bytes(facts.block, recipe) + entries * (item + 4) + 8 * BAND_BYTES
     return _weights(facts.block, recipe) + Need(learning + running, facts.next_bytes, 0)
 
@@ -302,9 +302,9 @@ def _tuning(job: Job, facts: BlockWork, linears: Sequence[Linear], rank: int, wo
 
 def _gradients(job: Job, facts: BlockWork, linears: Sequence[Linear]) -> Need:
     """Return what one sample's gradients by the weights of some linears take, in the compute dtype and in float32."""
-    item, footprint = getattr(torch, job.recipe.dtype).itemsize, facts.footprint
+    item = getattr(torch, job.recipe.dtype).itemsize
     size = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    running = 2 * footprint.made_bytes + footprint.running_bytes
+    running = facts.footprint.backward_bytes
     return Need(_compute_bytes(facts.block, job.recipe) + (item + 4) * size + running, 0, 0)
 
 

@@ -205,7 +205,7 @@ ALLOCATORS: dict[str, Allocator] = {
         ),
         Allocator(
             "besa",
-            "Xu et al., BESA, ICLR 2024 (arXiv 2402.16880), section 3.2, by linear; Adam in the place of Prodigy",
+            "Xu et al., BESA, ICLR 2024 (arXiv 2402.16880), its layer-wise form; Adam in the place of Prodigy",
             "blocks alike; within each, the sparsities that cost its output least, learnt by gradients",
             "gradients",
             BesaOptions,

@@ -124,7 +124,7 @@ def test_what_gradients_and_two_streams_need_is_planned_with(llama: Path, text_f
 def test_what_cannot_be_learnt_of_is_refused(llama: Path, make_model: Any, text_file: Path, tmp_path: Path) -> None:
     options = options_of(text_file)
     with pytest.raises(
-        BudgetError, match=r"--allocation besa: passes each block backward.* 4 samples .*samples=N.*--ram"
+        BudgetError, match=r"--allocation besa: passes each block backward.* 4 samples in two streams.*samples=N.*--ram"
     ):
         allocate(llama, tmp_path / "table.json", ram="100MiB", **options)
     experts = make_model("mixtral", torch.float32, **FAMILIES["mixtral"])
