@@ -105,7 +105,7 @@ def test_gradients_are_those_of_autograd_through_the_soft_mask(sparsity: float) 
     linears = {
         name: Masked(weight, score_order(block.weights[name], scale[name], CPU)) for name, weight in dense.items()
     }
-    for (name, linear), share in zip(linears.items(), shares.expected(), strict=True):
+    for name, linear, share in zip(NAMES, linears.values(), shares.expected(), strict=True):
         linear.write(copies.weight(name), share)
     found = copies.of_weights(hidden, lambda output: channel_error(output, target))
     for linear, gradient in zip(linears.values(), found, strict=True):
