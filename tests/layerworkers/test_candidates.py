@@ -220,7 +220,7 @@ def test_neuronal_makes_the_same_table_whatever_the_number_of_workers(opened: Mo
     def table(group: Any) -> Allocation:
         evidence = Evidence(
             *(matrices, unknown, unknown, unknown, [block.index for block in blocks for _ in block.linears]),
-            *(lambda candidates, samples: tried(opened, candidates, group=group)[0], unknown),
+            *(lambda candidates, samples: tried(opened, candidates, group=group)[0], unknown, unknown),
             outlets=outlets,
         )
         return allocated("neuronal", ALLOCATORS["neuronal"].options(), evidence, Fraction(7, 10))
