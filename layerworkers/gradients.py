@@ -6,7 +6,7 @@ The engine runs under inference mode; what is differentiated here are copies mad
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -32,6 +32,9 @@ class Loss(Protocol):
     def __call__(self, output: Tensor, position: int) -> Tensor:
         """Return a number, given a sample's output [1, T, H], and which of this worker's samples it is."""
 
+
+Step = Callable[[int, Tensor], None]
+"""``step(number, gradient_RC)`` changes a weight, given which step it is, and the gradient [R, C] float32."""
 
 _ATTENTION = threading.Lock()
 """Held while attention's implementation is chosen and used: torch keeps the choice for the whole process."""
@@ -112,32 +115,48 @@ def summed_gradients(
 
 
 def descend(
-    block: Differentiable,
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
     samples: Samples,
+    arguments: Arguments | None,
     batches: Sequence[Sequence[int]],
     loss: Loss,
-    update: Callable[[str, int, Tensor], Tensor],
+    begin: Callable[[Tensor], Step],
     group: Collective,
     device: torch.device,
-) -> None:
-    """Change the linears' weights step by step, the same on every worker; collective.
+) -> dict[str, Tensor]:
+    """Return linears' weights [R, C] after changing them step by step, the same on every worker; collective.
 
     Every worker runs its own samples forward and backward through the block. A step's gradients are summed over the
-    workers in the fixed tree, each linear's on one worker (:func:`roots_of`), which tells the others the new weights:
-    so the bytes do not depend on how many there are.
+    workers in the fixed tree, each linear's on one worker (:func:`roots_of`), which has its float32 weights and tells
+    the others the new ones: so the bytes do not depend on how many there are.
 
-    batches: the partitions of each step. update: ``update(name, step, gradient_RC)`` returns the new weight [R, C].
-    device: where the block is.
+    block: left as it is. weights: of its linears, by their names in it, in the dtype of what is returned. batches: the
+    partitions of each step. begin: given a linear's weight [R, C] float32, returns what changes it in place. device:
+    where the block is.
     """
-    roots = roots_of(block.names, group)
-    for number, batch in enumerate(batches):
-        nodes = summed_gradients(block, samples, batch, loss)
+    with torch.inference_mode(False):
+        changed = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        roots = roots_of(list(weights), group)
+        own = {
+            name: weights[name].to(device, torch.float32, copy=True) for name in weights if roots[name] == group.rank
+        }
+        steps = {name: begin(weight) for name, weight in own.items()}
+        copies = Differentiable(block, list(weights), arguments)
+        for number, batch in enumerate(batches):
+            nodes = summed_gradients(copies, samples, batch, loss)
+            for name, root in roots.items():
+                weight = copies.weight(name)
+                total = sum_over_workers((weight.numel(),), nodes.pop(name), len(batch), group, root, device)
+                if total is not None:
+                    steps[name](number, total.view(weight.shape))
+                    weight.copy_(own[name])
+                broadcast_tensor_(group, root, weight)
         for name, root in roots.items():
-            weight = block.weight(name)
-            total = sum_over_workers((weight.numel(),), nodes.pop(name), len(batch), group, root, device)
-            if total is not None:
-                weight.copy_(update(name, number, total.view(weight.shape)))
-            broadcast_tensor_(group, root, weight)
+            if name in own:
+                changed[name].copy_(own[name])
+            broadcast_tensor_(group, root, changed[name])
+    return changed
 
 
 def roots_of(names: Sequence[str], group: Collective) -> dict[str, int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from billhook.layerworkers.block_facts import Arguments
-from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_
-from billhook.layerworkers.gradients import Differentiable, Samples, descend, roots_of
+from billhook.layerworkers.collective import Collective, all_gather
+from billhook.layerworkers.gradients import Samples, Step, descend
 from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.tasks import Reconstruction, Tuning
 
@@ -33,35 +33,26 @@ def reconstruct(
     target; on the worker that has a linear's float32 weights and moments. block: sparse; left as it is. weights: of its
     linears, by their names in it, in the dtype of what is returned. device: where the block is.
     """
-    with torch.inference_mode(False):
-        tuned = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-        roots = roots_of(list(weights), group)
-        own = {
-            name: weights[name].to(device, torch.float32, copy=True) for name in weights if roots[name] == group.rank
-        }
-        masks = {name: weight != 0 for name, weight in own.items()}
-        rates = {name: tuning.rate * _size(weight, masks[name]) for name, weight in own.items()}
-        optimisers = {name: torch.optim.Adam([weight], foreach=False) for name, weight in own.items()}
-        steps = list(batches(samples.partitions)) * tuning.epochs
+    steps = list(batches(samples.partitions)) * tuning.epochs
 
-        def loss(output: Tensor, position: int) -> Tensor:
-            # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.
-            return output.shape[-2] * relative_error(output.float(), samples.targets[position].float())
+    def loss(output: Tensor, position: int) -> Tensor:
+        # Times the tokens, so that nothing is too small for the gradients of 16 bits; Adam does not mind.
+        return output.shape[-2] * relative_error(output.float(), samples.targets[position].float())
 
-        def update(name: str, step: int, gradient_RC: Tensor) -> Tensor:
-            weight, optimiser = own[name], optimisers[name]
-            weight.grad = gradient_RC.mul_(masks[name])
-            optimiser.param_groups[0]["lr"] = rates[name] * (1 - step / len(steps))
+    def begin(weight_RC: Tensor) -> Step:
+        kept_RC = weight_RC != 0
+        rate = tuning.rate * _size(weight_RC, kept_RC)
+        optimiser = torch.optim.Adam([weight_RC], foreach=False)
+
+        def step(number: int, gradient_RC: Tensor) -> None:
+            weight_RC.grad = gradient_RC.mul_(kept_RC)
+            optimiser.param_groups[0]["lr"] = rate * (1 - number / len(steps))
             optimiser.step()
-            weight.grad = None
-            return weight
+            weight_RC.grad = None
 
-        descend(Differentiable(block, list(weights), arguments), samples, steps, loss, update, group, device)
-        for name, root in roots.items():
-            if name in own:
-                tuned[name].copy_(own[name])
-            broadcast_tensor_(group, root, tuned[name])
-    return tuned
+        return step
+
+    return descend(block, weights, samples, arguments, steps, loss, begin, group, device)
 
 
 def tune_if_better(

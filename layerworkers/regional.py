@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from billhook.layerworkers.block_facts import Arguments
-from billhook.layerworkers.collective import Collective, all_gather, broadcast_tensor_
-from billhook.layerworkers.gradients import Differentiable, GradientSquares, Samples, descend, roots_of
+from billhook.layerworkers.collective import Collective, all_gather
+from billhook.layerworkers.gradients import Differentiable, GradientSquares, Samples, Step, descend
 from billhook.layerworkers.methods import Rounds, method_named
 from billhook.layerworkers.reconstruction import batches
 from billhook.layerworkers.scratch import Parking
@@ -62,29 +62,22 @@ def tuned_once(
     RMSprop on the summed squared error of the block's output (equation 5). What was removed may grow again. block:
     pruned; left as it is. weights: of its linears, by their names in it, float32 on the CPU.
     """
-    with torch.inference_mode(False):
-        tuned = {name: weight.clone() for name, weight in weights.items()}
-        roots = roots_of(list(weights), group)
-        own = {name: weight.to(device, copy=True) for name, weight in weights.items() if roots[name] == group.rank}
-        optimisers = {name: torch.optim.RMSprop([weight], rounds.rate, foreach=False) for name, weight in own.items()}
+    first = min(samples.partitions, -(-rounds.samples // samples.partition_samples))
 
-        def loss(output: Tensor, position: int) -> Tensor:
-            return (output.float() - samples.targets[position].float()).square().sum()
+    def loss(output: Tensor, position: int) -> Tensor:
+        return (output.float() - samples.targets[position].float()).square().sum()
 
-        def update(name: str, step: int, gradient_RC: Tensor) -> Tensor:
-            own[name].grad = gradient_RC
-            optimisers[name].step()
-            own[name].grad = None
-            return own[name]
+    def begin(weight_RC: Tensor) -> Step:
+        optimiser = torch.optim.RMSprop([weight_RC], rounds.rate, foreach=False)
 
-        first = min(samples.partitions, -(-rounds.samples // samples.partition_samples))
-        steps = list(batches(first))
-        descend(Differentiable(block, list(weights), arguments), samples, steps, loss, update, group, device)
-        for name, root in roots.items():
-            if name in own:
-                tuned[name].copy_(own[name])
-            broadcast_tensor_(group, root, tuned[name])
-    return tuned
+        def step(number: int, gradient_RC: Tensor) -> None:
+            weight_RC.grad = gradient_RC
+            optimiser.step()
+            weight_RC.grad = None
+
+        return step
+
+    return descend(block, weights, samples, arguments, list(batches(first)), loss, begin, group, device)
 
 
 def tune_in_rounds(
