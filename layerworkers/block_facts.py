@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from billhook.layerworkers.additions import Additions
 from billhook.layerworkers.experts import Experts, Stop
 from billhook.layerworkers.families import ROUTERS
+from billhook.layerworkers.feed_forward import FeedForward, FeedForwards
 from billhook.layerworkers.live import LiveTensors
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -57,6 +58,8 @@ class BlockFacts:
     input_groups: tuple[InputGroup, ...]
     """In execution order."""
     returns_tuple: bool
+    feed_forward: FeedForward | None = None
+    """None where there is none of a known form, or several, or experts."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,10 @@ def run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Block
             group = replace(groups[id(x)], linears=(*groups[id(x)].linears, *group.linears))
         groups[id(x)] = group
 
-    with Additions(block, own) as additions:
+    plain = [] if any(group.experts for group in own.values()) else list(own)
+    with Additions(block, own) as additions, FeedForwards(block, plain) as watching:
         out = _call_on_meta(block, hidden, arguments, list(own), note)
-    residuals = additions.residuals()
+    residuals, networks = additions.residuals(), watching.found()
     return BlockFacts(
         tuple(
             replace(group, residual=residuals.get(group.linears[0], ""))
@@ -120,6 +124,7 @@ def run_on_meta(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Block
             for group in groups.values()
         ),
         isinstance(out, tuple),
+        networks[0] if len(networks) == 1 else None,
     )
 
 

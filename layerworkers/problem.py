@@ -192,7 +192,9 @@ class LinearProblem:
         vectors_CC, norms_C, values_C = self._shared(("spectral", ridge), (broadcast_tensor_,), compute)
         return Spectral(norms_C, values_C, vectors_CC)
 
-    def corrected(self, weight_RC: Tensor, first_row: int, share: float, of_output: bool) -> Tensor:
+    def corrected(
+        self, weight_RC: Tensor, first_row: int, share: float, of_output: bool, ridge: float = CORRECTION_RIDGE
+    ) -> Tensor:
         """Return the weights whose outputs take back a share of the deviation of a dense stream, [R, C].
 
         ``W + s (D^T X) (G + ridge diag G)^-1``, where D [T, K] deviates from what the linear's output is added to,
@@ -207,7 +209,8 @@ class LinearProblem:
             assert self.statistic is not None
             gram_CC, cross_KC = self.statistic[: self.columns].clone(), self.statistic[self.columns :]
             norms_C = self._normalise_(gram_CC)
-            self._climb(inverse_, gram_CC, [CORRECTION_RIDGE * step for step in LADDER], 1.0)
+            ladder = [ridge * step for step in LADDER] if ridge > 0 else [0.0, *(step / LADDER[-1] for step in LADDER)]
+            self._climb(inverse_, gram_CC, ladder, 1.0)
             for start, stop in bands(cross_KC.shape):
                 cross_KC[start:stop] = (cross_KC[start:stop] / norms_C) @ gram_CC / norms_C
             return (cross_KC,)

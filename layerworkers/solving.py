@@ -20,7 +20,7 @@ from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.methods import Method, Solution, method_named
 from billhook.layerworkers.patterns import Selector, of_rows
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.problem import CORRECTION_RIDGE, LinearProblem
 from billhook.layerworkers.reduction import Node, give_up, most_nodes, reduction_rounds, total
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.shards import TensorEntry
@@ -70,6 +70,8 @@ class Together:
     """Whether what deviates is that to which the output of the only linear is added, that included."""
     collected: TensorEntry | None = None
     """Where the statistic was collected before; there are no sums then."""
+    ridge: float = CORRECTION_RIDGE
+    """Of the Gram where what deviates is explained by the input."""
 
     @property
     def methods(self) -> list[Method]:
@@ -125,9 +127,7 @@ def solve_stage(
         for linear, rows in zip(together.linears, own, strict=True):
             dense, squares = weights[linear.disk_name], (gradient_squares or {}).get(linear.disk_name)
             shares.append(
-                None
-                if problem is None
-                else _solve_share(linear, dense, squares, rows, group, problem, together.of_output)
+                None if problem is None else _solve_share(linear, dense, squares, rows, group, problem, together)
             )
         if problem is not None:
             problem.forget()
@@ -235,9 +235,9 @@ def _solve_share(
     ranges: Sequence[Rows],
     group: Collective,
     problem: LinearProblem,
-    of_output: bool,
+    together: Together,
 ) -> _Share | None:
-    """Solve this worker's rows of one linear; None where it has none. of_output: see :class:`Together`."""
+    """Solve this worker's rows of one linear; None where it has none. together: its input."""
     start, stop = ranges[group.rank]
     if start == stop:
         return None
@@ -257,7 +257,8 @@ def _solve_share(
         problem.turn_to_rows(start + first, start + last)
         try:
             if linear.correction:
-                rows = problem.corrected(rows, start + first, linear.correction, of_output)
+                of_output, ridge = together.of_output, together.ridge
+                rows = problem.corrected(rows, start + first, linear.correction, of_output, ridge)
             solution = method.solve(rows, problem, select, linear.options)
         except RunError as error:
             raise type(error)(f"{linear.disk_name}: {error}") from error

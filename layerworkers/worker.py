@@ -16,29 +16,34 @@ from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
+from billhook.layerworkers.auxiliaries import Auxiliaries, alternate, alternated, network_of
 from billhook.layerworkers.besa import LearnTask, learn_block
-from billhook.layerworkers.block_facts import Arguments
+from billhook.layerworkers.block_facts import Arguments, InputGroup
 from billhook.layerworkers.candidates import BranchTask, Deviation, LoadedBlock, run_branches
 from billhook.layerworkers.collected import write_collected
 from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
 from billhook.layerworkers.fitting import BlockFit, Solve
 from billhook.layerworkers.gradients import Samples
-from billhook.layerworkers.lockstep import DenseStream, run_plain
+from billhook.layerworkers.lockstep import DenseStream, run_observed, run_plain
 from billhook.layerworkers.losses import window_comparison, window_loss
+from billhook.layerworkers.methods import Alternation
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
 from billhook.layerworkers.reconstruction import tune_if_better
+from billhook.layerworkers.reduction import Node
 from billhook.layerworkers.regional import output_gradient_squares, regional, tune_in_rounds
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import DTYPES, TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Skeleton, same_arguments
 from billhook.layerworkers.solving import Together, left_dense, recounted, solve_stage, sum_over_workers
+from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.tasks import (
     BlockReport,
     BlockTask,
     LinearReport,
+    LinearTask,
     ModuleTensor,
     ObserveTask,
     Reconstruction,
@@ -167,7 +172,10 @@ class BlockWorker:
                 self._writer.write(task.output, entry, disk.get(entry.name))
         reports: dict[str, LinearReport] = {}
         beside = self._begin_dense(task)
-        inputs = self._copied_inputs() if task.tuning.epochs else None
+        again, how = alternated(task.linears, self._skeleton.facts(task.index).feed_forward)
+        dense = {linear.disk_name: disk[linear.disk_name].clone() for linear in again}
+        inputs = self._copied_inputs() if task.tuning.epochs or again else None
+        changing = {linear.disk_name for linear in task.linears} if task.tuning.epochs else set(dense)
         gradient_squares = self._tune_region(task, disk)
 
         def solve(groups: Sequence[Together]) -> None:
@@ -175,7 +183,7 @@ class BlockWorker:
                 for report in solve_stage(groups, disk, task, self._group, self._device, self._watch, gradient_squares):
                     reports[report.name] = self._rounded(report, disk, entries[report.name].entry)
                     self._skeleton.set_parameter(entries[report.name].module_name, disk[report.name])
-                    if report.name in own and not task.tuning.epochs:
+                    if report.name in own - changing:
                         self._writer.write(task.output, entries[report.name].entry, disk[report.name])
 
         fit = self._fit_of(task, solve, beside)
@@ -184,20 +192,21 @@ class BlockWorker:
         else:
             fit.run(self._hidden, self._arguments_of(task.index))
         reconstruction = None
-        if inputs is not None:
+        if inputs is not None and again:
+            reports |= self._alternate(task, again, how, dense, disk, inputs)
+        if inputs is not None and task.tuning.epochs:
             removed_from = [name for name, report in reports.items() if report.removed]
             reconstruction = self._reconstruct(task, disk, removed_from, inputs)
+            reports = {name: recounted(report, disk[name]) for name, report in reports.items()}
+        if inputs is not None:
             del inputs[:]  # those that are parked give their places back
-            for name, report in list(reports.items()):
-                reports[name] = recounted(report, disk[name])
-                if name in own:
-                    self._writer.write(task.output, entries[name].entry, disk[name])
         for linear in task.linears:
             name = linear.disk_name
             if name not in reports:
                 reports[name] = left_dense(linear, disk[name])
-                if name in own:
-                    self._writer.write(task.output, entries[name].entry, disk[name])
+                changing.add(name)
+            if name in own & changing:
+                self._writer.write(task.output, entries[name].entry, disk[name])
             reports[name] = fit.described(reports[name], linear.name, entries[name].entry.transposed)
         disk.clear()
         ordered = tuple(reports[linear.disk_name] for linear in task.linears)
@@ -266,6 +275,58 @@ class BlockWorker:
         for hidden in self._hidden:
             copies.append(hidden.clone())
         return copies
+
+    def _alternate(
+        self,
+        task: BlockTask,
+        linears: Sequence[LinearTask],
+        how: Alternation,
+        dense: Mapping[str, Tensor],
+        disk: dict[str, Tensor],
+        inputs: Activations,
+    ) -> dict[str, LinearReport]:
+        """Prune the linears of the feed-forward network once more, together, in ``disk`` and in the block.
+
+        Their reports are returned by name on disk. dense: their weights as they were. inputs: of the block, whose
+        outputs are replaced.
+        """
+        block, arguments = self._skeleton.blocks[task.index], self._arguments_of(task.index)
+        form = self._skeleton.facts(task.index).feed_forward
+        assert form is not None
+        by_name = {linear.name: linear for linear in linears}
+        modules = {tensor.entry.name: tensor.module_name for tensor in task.tensors}
+        reports: dict[str, LinearReport] = {}
+
+        def refit(name: str, statistic: Statistic, nodes: list[Node]) -> None:
+            linear = replace(by_name[name], correction=1.0)
+            together = Together([linear], nodes, statistic, of_output=True, ridge=how.ridge)
+            weights = {linear.disk_name: dense[linear.disk_name].clone()}
+            with self._watch.part("solving"):
+                for report in solve_stage([together], weights, task, self._group, self._device, self._watch):
+                    reports[report.name] = report
+            disk[linear.disk_name] = weights[linear.disk_name]
+            sparse[name] = weights[linear.disk_name]
+            self._skeleton.set_parameter(modules[linear.disk_name], weights[linear.disk_name])
+
+        auxiliaries = Auxiliaries(*(self._new_stream() for _ in range(4)))
+        entering = InputGroup(form.up, (form.up,))
+        run_observed(block, [entering], inputs, arguments, lambda _, __, x: auxiliaries.inputs.append(x))
+        sparse = {name: disk[linear.disk_name] for name, linear in by_name.items()}
+        alternate(
+            network_of(block, form, {name: dense[linear.disk_name] for name, linear in by_name.items()}, sparse),
+            auxiliaries,
+            [sample.index for sample in self._samples],
+            task.partition_samples,
+            how,
+            refit,
+            self._device,
+            self._parking(task.placement.statistics),
+        )
+        auxiliaries.forget()
+        for number, hidden in enumerate(inputs):
+            self._hidden[number] = hidden.clone()
+        run_plain(block, self._hidden, arguments)
+        return reports
 
     def _reconstruct(
         self, task: BlockTask, disk: Mapping[str, Tensor], names: Sequence[str], inputs: Activations

@@ -21,13 +21,14 @@ from billhook.layerworkers.methods.alps import ALPS
 from billhook.layerworkers.methods.auto import AUTO
 from billhook.layerworkers.methods.chain import chain
 from billhook.layerworkers.methods.collect import COLLECT
-from billhook.layerworkers.methods.contract import Method, Refinement, Rounds, Solution, Solver
+from billhook.layerworkers.methods.contract import Alternation, Method, Refinement, Rounds, Solution, Solver
 from billhook.layerworkers.methods.dsnot import DSNOT
 from billhook.layerworkers.methods.iht import IHT
 from billhook.layerworkers.methods.magnitude import MAGNITUDE
 from billhook.layerworkers.methods.net_trim import NET_TRIM
 from billhook.layerworkers.methods.refit import EXACT_REFIT, REFIT
 from billhook.layerworkers.methods.ria import RIA
+from billhook.layerworkers.methods.sparse_llm import SPARSE_LLM
 from billhook.layerworkers.methods.sparsegpt import SPARSEGPT
 from billhook.layerworkers.methods.swaps import SWAPS
 from billhook.layerworkers.methods.thanos import THANOS
@@ -38,7 +39,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, WANDA_PLUS_PLUS, RIA),
-        *(SPARSEGPT, THANOS, NET_TRIM, IHT, ADMM, ALPS),
+        *(SPARSEGPT, SPARSE_LLM, THANOS, NET_TRIM, IHT, ADMM, ALPS),
     )
 }
 
@@ -98,6 +99,7 @@ __all__ = [
     "METHODS",
     "REFINEMENTS",
     "UNLISTED",
+    "Alternation",
     "Method",
     "Refinement",
     "Rounds",

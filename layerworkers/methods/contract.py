@@ -43,6 +43,18 @@ class Rounds:
 
 
 @dataclass(frozen=True)
+class Alternation:
+    """How a block's feed-forward network is pruned: see :func:`billhook.layerworkers.auxiliaries.alternate`."""
+
+    epochs: int
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 1.0
+    ridge: float = 0.1
+    """Added to the unit-diagonal Gram where linears are refitted."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table of methods."""
 
@@ -78,6 +90,8 @@ class Method:
     """Share of the deviation from the dense model that targets take back where the recipe leaves it to the method."""
     rounds: Callable[[Any], Rounds] | None = None
     """``rounds(options)`` of a method that asks for the gradients of the block's output; None: it does not."""
+    alternation: Callable[[Any], Alternation] | None = None
+    """``alternation(options)`` of a method that prunes the linears of a feed-forward network once more, together."""
     adaptive: bool = False
     """Whether the data decide how many selections and counts there are; those declared are then the most."""
 
