@@ -33,8 +33,8 @@ from billhook.orchestrator.calibration import (
 from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.job import Job
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
+from billhook.orchestrator.needs import Need
 from billhook.orchestrator.paths import user_path
-from billhook.orchestrator.phases import Need
 from billhook.orchestrator.placing import Arrangement, arrange
 from billhook.orchestrator.planning import block_work
 from billhook.orchestrator.probe import measured_rates

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from billhook.layerworkers.block_facts import Footprint, deviations_of
-from billhook.layerworkers.methods import Method, Rounds, Solver
+from billhook.layerworkers.methods import Alternation, Method, Rounds, Solver
 from billhook.layerworkers.patterns import Pattern
 from billhook.layerworkers.sharing import (
     CPU_FLOPS_PER_SECOND,
@@ -99,9 +99,11 @@ class Job:
     def copies(self) -> int:
         """How many hidden states of each sample are held: of a block that is tuned, those that entered it, too.
 
-        Of one that is tuned in rounds, what goes through it in a round, and what is to come out.
+        So are those of one whose linears are pruned in turns. Of one that is tuned in rounds, what goes through it in a
+        round, and what is to come out.
         """
-        return self.streams + (self.recipe.reconstruct > 0) + (2 if self.rounds is not None else 0)
+        again = self.recipe.reconstruct > 0 or self.alternation is not None
+        return self.streams + again + (2 if self.rounds is not None else 0)
 
     @property
     def rounds(self) -> Rounds | None:
@@ -113,6 +115,20 @@ class Job:
     def in_rounds(self, facts: BlockWork) -> list[Linear]:
         """Return the linears of a block whose methods ask for gradients."""
         return [linear for linear in facts.linears if self.solver(linear).method.rounds is not None]
+
+    @property
+    def alternation(self) -> Alternation | None:
+        """How feed-forward networks are pruned in turns, where a method asks for it."""
+        solvers = [Solver(self.method, self.options), *self.others.values()]
+        asked = [each.method.alternation(each.options) for each in solvers if each.method.alternation is not None]
+        return next((each for each in asked if each.epochs), None)
+
+    def in_turns(self, facts: BlockWork) -> list[Linear]:
+        """Return the linears of a block's feed-forward network, the last one last, if they are pruned in turns."""
+        if self.alternation is None:
+            return []
+        by_name = {each.name: each for each in facts.linears if self.solver(each).method.alternation is not None}
+        return [by_name[name] for name in facts.block.feed_forward if name in by_name]
 
     def work(self, linear: Linear) -> Work:
         """Return what solving a linear is."""

@@ -48,6 +48,9 @@ class Block:
     """Inputs of linears, by the number that these give."""
     other_matrices: tuple[str, ...]
     """Names on disk of the matrices that are the weight of no linear that runs: left dense."""
+    feed_forward: tuple[str, ...] = ()
+    """Names within the block of the linears of its feed-forward network, the last one last; none: it has none of a
+    known form."""
 
     @cached_property
     def experts(self) -> int:
@@ -152,4 +155,6 @@ def _block(
     other_matrices = tuple(
         tensor.entry.name for tensor in tensors if len(tensor.entry.shape) > 1 and tensor.entry.name not in weights
     )
-    return Block(index, tensors, others, tuple(linears), skeleton.facts(index).input_groups, other_matrices)
+    facts = skeleton.facts(index)
+    feed_forward = () if facts.feed_forward is None else facts.feed_forward.linears
+    return Block(index, tensors, others, tuple(linears), facts.input_groups, other_matrices, feed_forward)

@@ -20,7 +20,7 @@ from billhook.orchestrator.evaluation import logits_bytes
 from billhook.orchestrator.events import Progress
 from billhook.orchestrator.job import BlockWork, Job
 from billhook.orchestrator.model import check_gpus, resolve_workers
-from billhook.orchestrator.phases import Need, larger
+from billhook.orchestrator.needs import Need, larger
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
 from billhook.orchestrator.planning import block_work
 from billhook.orchestrator.probe import measured_rates

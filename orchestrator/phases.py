@@ -7,7 +7,6 @@ the GPU if there were one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +20,9 @@ from billhook.layerworkers.sharing import is_local, share_out_stage
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.job import BlockWork, Job, Stage
 from billhook.orchestrator.layout import Block, Linear
+from billhook.orchestrator.needs import Need, at_tier, larger, sum_of
 from billhook.orchestrator.recipe import Recipe
+from billhook.orchestrator.turns import copies_bytes, turns_phases
 
 RAY_BYTES = 495 << 20
 """Memory of Ray's own processes on one node, its agents included, and of the actor that counts workers."""
@@ -46,20 +47,6 @@ STORE_BANDS = 3
 
 MIN_STORE_BYTES = 80 << 20
 """Smallest object store that Ray starts with."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes in use at some moment."""
-
-    device: int
-    ram: int
-    """Beside the device's."""
-    disk: int
-    """In scratch files."""
-
-    def __add__(self, other: Need) -> Need:
-        return Need(self.device + other.device, self.ram + other.ram, self.disk + other.disk)
 
 
 def processes_bytes(workers: int, own: int) -> int:
@@ -92,10 +79,10 @@ def block_phases(
     hidden, running = facts.footprint.hidden_bytes, facts.footprint.running_bytes
     weights = _weights(facts.block, recipe)
     ahead = Need(0, facts.next_bytes if placement.read_ahead else 0, 0)
-    # The dense block; weights and mean squared gradients, in float32, of what is tuned in rounds.
+    # The dense block; weights and mean squared gradients, in float32, of what is tuned in rounds; dense weights.
     copied = Need(
         _compute_bytes(facts.block, recipe) if job.streams > 1 else 0,
-        8 * sum(linear.shape[0] * linear.shape[1] for linear in job.in_rounds(facts)),
+        8 * sum(linear.shape[0] * linear.shape[1] for linear in job.in_rounds(facts)) + copies_bytes(job, facts),
         0,
     )
     resident = [at_tier(activations, job.copies * hidden * samples) + weights + copied for samples in own_samples]
@@ -171,7 +158,10 @@ def block_phases(
             [resident[rank] + ahead + held(rank, stage) + solving[rank] + later for rank in range(workers)],
         )
         previous = stage
-    for phase, needs in _tuning_phases(job, facts, placement, most_waiting):
+    for phase, needs in (
+        *turns_phases(job, facts, placement, activations, ranges, most_waiting, own_samples),
+        *_tuning_phases(job, facts, placement, most_waiting),
+    ):
         yield phase, [resident[rank] + ahead + need for rank, need in enumerate(needs)]
     yield (
         "outputs",
@@ -336,18 +326,3 @@ def _compute_bytes(block: Block, recipe: Recipe) -> int:
     compute = getattr(torch, recipe.dtype)
     sizes = ((tensor.entry.size_bytes, DTYPES.get(tensor.entry.dtype)) for tensor in block.tensors)
     return sum(size if dtype is None else size // dtype.itemsize * compute.itemsize for size, dtype in sizes)
-
-
-def at_tier(tier: str, size: int) -> Need:
-    """Return a need of ``size`` bytes on ``device``, ``ram`` or ``disk``."""
-    return Need(size if tier == "device" else 0, size if tier == "ram" else 0, size if tier == "disk" else 0)
-
-
-def sum_of(needs: Sequence[Need]) -> Need:
-    """Return the needs together."""
-    return Need(sum(n.device for n in needs), sum(n.ram for n in needs), sum(n.disk for n in needs))
-
-
-def larger(one: Need, other: Need) -> Need:
-    """Return the larger of each."""
-    return Need(max(one.device, other.device), max(one.ram, other.ram), max(one.disk, other.disk))

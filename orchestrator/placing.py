@@ -10,15 +10,12 @@ from billhook.layerworkers.errors import BudgetError
 from billhook.layerworkers.tasks import Placement
 from billhook.orchestrator.budgets import Budgets
 from billhook.orchestrator.job import BlockWork, Job
+from billhook.orchestrator.needs import Need, at_tier, larger, sum_of
 from billhook.orchestrator.phases import (
-    Need,
-    at_tier,
     block_phases,
-    larger,
     processes_bytes,
     sizes_bytes,
     store_bytes,
-    sum_of,
 )
 from billhook.orchestrator.probe import Rates
 

@@ -41,6 +41,7 @@ from billhook.orchestrator.layout import Layout, Linear
 from billhook.orchestrator.model import Model, open_model
 from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.recipe import SOLVING_KEYS, Recipe, Value, checked_options
+from billhook.orchestrator.turns import check_turns
 
 DATA_KEYS = (
     *("field", "samples", "seqlen", "seed", "bos", "fit", "correction", "reconstruct", "reconstruct_rate"),
@@ -213,6 +214,7 @@ def make_request(model: str | Path, recipe: Recipe, weights_needed: bool = True,
         if (method := _method_of(recipe, linear)) != recipe.method
     }
     _check_methods(recipe, chosen)
+    check_turns(recipe, opened, chosen, lambda linear: others.get(linear.disk_name) or solvers[recipe.method])
     collected = None if recipe.collected is None else open_collected(recipe.collected, opened, chosen)
     if collected is not None:
         chosen, skipped, starved = as_collected(collected, chosen, skipped)

@@ -7,6 +7,7 @@ entry by entry: they are part of what the rates promise too much.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,14 @@ import torch
 from billhook.kernels.gram import cpu_multiplies_bfloat16
 from billhook.layerworkers.reconstruction import BATCH_PARTITIONS
 from billhook.layerworkers.reduction import even_ranges
-from billhook.layerworkers.sharing import share_out_stage
+from billhook.layerworkers.sharing import Shared, share_out_stage, shared_of
+from billhook.layerworkers.statistics import Statistic
 from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, squares_traffic, stage_traffic, tuning_traffic
-from billhook.orchestrator.job import BlockWork, Job
+from billhook.orchestrator.job import BlockWork, Job, Stage
+from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.probe import Rates
 from billhook.orchestrator.recipe import Recipe
+from billhook.orchestrator.turns import moving_flops, refit_statistic
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,15 @@ class _Flops:
     statistics: float
     factors: float
     solving: float
+    moving: float
+    """Of auxiliaries."""
 
 
 def _flops(job: Job, facts: BlockWork) -> _Flops:
     recipe = job.recipe
     tokens, on_gpu = job.samples * (recipe.seqlen or 0), recipe.device != "cpu"
     times = 1 if job.rounds is None else 1 + job.rounds.count
+    epochs, in_turns = _epochs(job), job.in_turns(facts)
     inputs = [
         (linears[0], job.statistic(facts, linears), job.shared(facts, linears)) for linears in facts.groups.values()
     ]
@@ -91,10 +98,24 @@ def _flops(job: Job, facts: BlockWork) -> _Flops:
             facts.share(first) * statistic.flops(tokens, first.shape[1], on_gpu)
             for first, statistic, _ in inputs
             if statistic is not None
-        ),
-        sum(shared.flops for _, _, shared in inputs),
-        times * sum(job.work(linear).flops for linear in facts.linears),
+        )
+        + epochs * sum(refit_statistic(each).flops(tokens, each.shape[1], on_gpu) for each in in_turns),
+        sum(shared.flops for _, _, shared in inputs)
+        + epochs * sum(_refit_shared(job, each).flops for each in in_turns),
+        times * sum(job.work(linear).flops for linear in facts.linears)
+        + epochs * sum(job.work(linear).flops for linear in in_turns),
+        moving_flops(job, facts, tokens),
     )
+
+
+def _epochs(job: Job) -> int:
+    """Return how often feed-forward networks are pruned in turns."""
+    return 0 if job.alternation is None else job.alternation.epochs
+
+
+def _refit_shared(job: Job, linear: Linear) -> Shared:
+    """Return what the rows of a linear that is refitted share."""
+    return shared_of([job.solver(linear).method], linear.shape[1], linear.shape[0])
 
 
 def _statistics_rate(recipe: Recipe, rates: Rates) -> float:
@@ -110,6 +131,7 @@ def passes(job: Job) -> float:
     recipe = job.recipe
     solving = 2 if recipe.fit == "dense-block" or recipe.correction else 1
     tuning = 1 + (not recipe.correction) + 3 * recipe.reconstruct if recipe.reconstruct else 0
+    tuning += 2 * (job.alternation is not None)
     if (rounds := job.rounds) is None:
         return solving + tuning
     tuned = min(1.0, rounds.samples / max(1, job.samples))
@@ -121,38 +143,15 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
     size, flops = job.recipe.partition_samples, _flops(job, facts)
     own = [min(stop * size, job.samples) - start * size for start, stop in even_ranges(job.partitions, workers)]
     share = max(own) / job.samples if job.samples else 0.0
-    traffic, solving = NOTHING, 0.0
-    partition_rows = job.recipe.partition_rows or 0
-    factors = 0.0
+    traffic, solving, factors = NOTHING, 0.0, 0.0
     for stage in facts.stages(0):
-        works = [[job.work(linear) for linear in linears] for linears in stage]
-        shared = [job.shared(facts, linears) for linears in stage]
-        seconds, factoring = [0.0] * workers, [0.0] * workers
-        shares = share_out_stage(works, shared, workers, partition_rows, job.pace)
-        for linears, work, common, ranges_of in zip(stage, works, shared, shares, strict=True):
-            for linear, each, ranges in zip(linears, work, ranges_of, strict=True):
-                solver = job.solver(linear)
-                launching = solver.method.launches(linear.shape[1], solver.options) * rates.launch_seconds
-                for rank, (start, stop) in enumerate(ranges):
-                    if start < stop:
-                        seconds[rank] += each.flops * (stop - start) / each.rows / rates.float32_flops + launching
-            first = next(rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in ranges_of))
-            factoring[first] += common.flops / rates.float32_flops
-        solving += max(seconds)
-        factors += max(factoring)
-        matrices = [[Matrix(*linear.shape, linear.item_bytes) for linear in linears] for linears in stage]
-        traffic += stage_traffic(
-            *(
-                matrices,
-                [job.statistic(facts, linears) for linears in stage],
-                [[job.solver(linear) for linear in linears] for linears in stage],
-                job.pattern,
-                job.partitions,
-                partition_rows,
-                workers,
-            ),
-            job.pace,
-        )
+        statistics = [job.statistic(facts, linears) for linears in stage]
+        solved, factored, moved = _stage_time(job, stage, statistics, workers, rates)
+        solving, factors, traffic = solving + solved, factors + factored, traffic + moved
+    for linear in job.in_turns(facts):
+        solved, factored, moved = _stage_time(job, [[linear]], [refit_statistic(linear)], workers, rates)
+        again = _epochs(job)
+        solving, factors, traffic = solving + again * solved, factors + again * factored, traffic + moved * again
     item = getattr(torch, job.recipe.dtype).itemsize
     if (rounds := job.rounds) is not None:
         solving, traffic = solving * (1 + rounds.count), traffic * (1 + rounds.count)
@@ -168,12 +167,45 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         traffic += Traffic(0, 0, facts.routings)
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
     return BlockTime(
-        share * flops.forward / rates.flops,
+        share * (flops.forward / rates.flops + flops.moving / rates.float32_flops),
         share * flops.statistics / _statistics_rate(job.recipe, rates),
         factors,
         solving,
         traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.pace.exchange_seconds,
         ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,
-        flops.forward + flops.statistics + flops.factors + flops.solving,
+        flops.forward + flops.statistics + flops.factors + flops.solving + flops.moving,
         traffic.moved_bytes,
     )
+
+
+def _stage_time(
+    job: Job, stage: Stage, statistics: Sequence[Statistic | None], workers: int, rates: Rates
+) -> tuple[float, float, Traffic]:
+    """Return how long a stage's linears are solved, after how long a factorisation, and what is moved for it."""
+    partition_rows = job.recipe.partition_rows or 0
+    works = [[job.work(linear) for linear in linears] for linears in stage]
+    shared = [
+        shared_of(
+            [job.solver(linear).method for linear in linears],
+            linears[0].shape[1],
+            0 if statistic is None else statistic.deviations,
+        )
+        for linears, statistic in zip(stage, statistics, strict=True)
+    ]
+    seconds, factoring = [0.0] * workers, [0.0] * workers
+    shares = share_out_stage(works, shared, workers, partition_rows, job.pace)
+    for linears, work, common, ranges_of in zip(stage, works, shared, shares, strict=True):
+        for linear, each, ranges in zip(linears, work, ranges_of, strict=True):
+            solver = job.solver(linear)
+            launching = solver.method.launches(linear.shape[1], solver.options) * rates.launch_seconds
+            for rank, (start, stop) in enumerate(ranges):
+                if start < stop:
+                    seconds[rank] += each.flops * (stop - start) / each.rows / rates.float32_flops + launching
+        first = next(rank for rank in range(workers) if any(rows[rank][0] < rows[rank][1] for rows in ranges_of))
+        factoring[first] += common.flops / rates.float32_flops
+    matrices = [[Matrix(*linear.shape, linear.item_bytes) for linear in linears] for linears in stage]
+    solvers = [[job.solver(linear) for linear in linears] for linears in stage]
+    traffic = stage_traffic(
+        matrices, statistics, solvers, job.pattern, job.partitions, partition_rows, workers, job.pace
+    )
+    return max(seconds), max(factoring), traffic
