@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
-class _Value:
+class Made:
     """What one of the steps before made, or, below 0, what one of the linears did."""
 
     number: int
@@ -37,7 +37,7 @@ class Pointwise:
         of_linears = made[::-1] if self.flipped else made
 
         def known(value: Any) -> Any:
-            if not isinstance(value, _Value):
+            if not isinstance(value, Made):
                 return value
             return values[value.number] if value.number >= 0 else of_linears[-1 - value.number]
 
@@ -146,7 +146,7 @@ class FeedForwards(TorchDispatchMode):
                 return False
 
             def numbered(value: Any) -> Any:
-                return _Value(numbers[id(value)]) if isinstance(value, Tensor) else value
+                return Made(numbers[id(value)]) if isinstance(value, Tensor) else value
 
             numbers[id(tensor)] = len(steps)
             steps.append((function, tree_map(numbered, tuple(args)), tree_map(numbered, dict(kwargs))))
