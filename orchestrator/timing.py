@@ -92,7 +92,7 @@ def _flops(job: Job, facts: BlockWork) -> _Flops:
         (linears[0], job.statistic(facts, linears), job.shared(facts, linears)) for linears in facts.groups.values()
     ]
     return _Flops(
-        passes(job) * facts.forward_flops(tokens),
+        (passes(job) - (0 if in_turns else _again(job))) * facts.forward_flops(tokens),
         times
         * sum(
             facts.share(first) * statistic.flops(tokens, first.shape[1], on_gpu)
@@ -113,6 +113,11 @@ def _epochs(job: Job) -> int:
     return 0 if job.alternation is None else job.alternation.epochs
 
 
+def _again(job: Job) -> int:
+    """Return how often more a sample is run through a block whose feed-forward network is pruned in turns."""
+    return 0 if job.alternation is None else 2
+
+
 def _refit_shared(job: Job, linear: Linear) -> Shared:
     """Return what the rows of a linear that is refitted share."""
     return shared_of([job.solver(linear).method], linear.shape[1], linear.shape[0])
@@ -131,7 +136,7 @@ def passes(job: Job) -> float:
     recipe = job.recipe
     solving = 2 if recipe.fit == "dense-block" or recipe.correction else 1
     tuning = 1 + (not recipe.correction) + 3 * recipe.reconstruct if recipe.reconstruct else 0
-    tuning += 2 * (job.alternation is not None)
+    tuning += _again(job)
     if (rounds := job.rounds) is None:
         return solving + tuning
     tuned = min(1.0, rounds.samples / max(1, job.samples))
@@ -167,10 +172,10 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         traffic += Traffic(0, 0, facts.routings)
     on_disk = sum(tensor.entry.size_bytes for tensor in facts.block.tensors)
     return BlockTime(
-        share * (flops.forward / rates.flops + flops.moving / rates.float32_flops),
+        share * flops.forward / rates.flops,
         share * flops.statistics / _statistics_rate(job.recipe, rates),
         factors,
-        solving,
+        solving + share * flops.moving / rates.float32_flops,
         traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.pace.exchange_seconds,
         ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,
         flops.forward + flops.statistics + flops.factors + flops.solving + flops.moving,
