@@ -50,7 +50,7 @@ class Alternation:
     alpha: float = 1.0
     beta: float = 1.0
     gamma: float = 1.0
-    ridge: float = 0.1
+    ridge: float = 0.001
     """Added to the unit-diagonal Gram where linears are refitted."""
 
 

@@ -26,7 +26,7 @@ class Options(sparsegpt.Options):
     """Weight of how far the output is from the dense network's."""
     gamma: float = 1.0
     """Weight of how far what enters the last linear is from what the activation makes."""
-    ridge: float = 0.1
+    ridge: float = 0.001
     """Pulls refitted linears towards the dense ones, on the unit-diagonal Gram."""
 
     def __post_init__(self) -> None:

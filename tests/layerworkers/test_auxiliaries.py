@@ -192,7 +192,7 @@ def test_a_chain_alternates_as_its_method_does() -> None:
     chained = method_named("sparsellm+refit")
     asked: Callable[[Any], Alternation] | None = chained.alternation
     assert asked is not None
-    assert asked(chained.options(epochs=2, beta=3.0)) == Alternation(2, 1.0, 3.0, 1.0, 0.1)
+    assert asked(chained.options(epochs=2, beta=3.0)) == Alternation(2, 1.0, 3.0, 1.0, 0.001)
     assert METHODS["sparsegpt"].alternation is None
 
 
