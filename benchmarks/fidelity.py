@@ -61,8 +61,8 @@ REFERENCES = (
 DENSE = 24.02
 
 METHODS = (
-    *("auto", "wanda", "wanda-cumulative", "wanda++", "ria", "sparsegpt", "sparsellm", "thanos"),
-    *("net-trim", "iht", "admm", "alps"),
+    *("auto", "wanda", "wanda-cumulative", "wanda++", "gblm", "ria", "sparsegpt"),
+    *("sparsellm", "thanos", "net-trim", "iht", "admm", "alps"),
     *("wanda+dsnot", "wanda+swaps", "wanda+refit", "wanda+swaps+refit", "sparsegpt+refit", "admm+refit"),
 )
 PATTERNS = (("unstructured", 0.5), ("unstructured", 0.6), ("unstructured", 0.7), ("2:4", None))

@@ -30,6 +30,7 @@ from billhook.layerworkers.candidates import BranchTask, Deviation
 from billhook.layerworkers.errors import BlockLostError, InputError, Interrupted, RunError, UnlikeNodesError
 from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.observing import ScoreFacts
+from billhook.layerworkers.reverse import ReverseTask
 from billhook.layerworkers.shards import TensorEntry
 from billhook.layerworkers.source import check_source
 from billhook.layerworkers.tasks import (
@@ -300,6 +301,24 @@ class WorkerPool:
         """Learn how sparse a block's linears should be; see :meth:`BlockWorker.learn_block`."""
         shares: list[float] = self._call("learn_block", task)[0]
         return shares
+
+    def enter_block(
+        self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
+    ) -> None:
+        """Carry all samples through a dense block; see :meth:`BlockWorker.enter_block`."""
+        self._call("enter_block", index, tensors, next_tensors)
+
+    def turn_back(self) -> None:
+        """Take gradients of the loss by what left the last block; see :meth:`BlockWorker.turn_back`."""
+        self._call("turn_back")
+
+    def leave_block(self, task: ReverseTask) -> None:
+        """Take gradients back through the block that was entered last; see :meth:`BlockWorker.leave_block`."""
+        self._call("leave_block", task)
+
+    def finish_writing(self) -> None:
+        """Wait until all that was written is on the disk; see :meth:`BlockWorker.finish_writing`."""
+        self._call("finish_writing")
 
     def candidate_losses(self) -> list[list[WindowLoss]]:
         """Return the losses of all samples, in order, for each stream; see :meth:`BlockWorker.candidate_losses`."""

@@ -6,7 +6,7 @@ The engine runs under inference mode; what is differentiated here are copies mad
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -79,6 +79,17 @@ class Differentiable:
         with torch.inference_mode(False), torch.enable_grad():
             output, leaves = self._output(hidden.clone())
             return list(torch.autograd.grad(loss(output), leaves))
+
+    def of_weights_and_input(self, hidden: Tensor, by_output: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return a number's gradients by each weight, [R, C], and by the input, in the compute dtype.
+
+        hidden: the input, [1, T, H]; left as it is. by_output: the number's gradient by the output, [1, T, H].
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            given = hidden.clone().requires_grad_()
+            output, leaves = self._output(given.clone())
+            *by_weights, by_input = torch.autograd.grad(output, [*leaves, given], by_output.clone())
+            return by_weights, by_input
 
     def _output(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and the weights it depends on; the input may be overwritten."""
@@ -181,12 +192,20 @@ class GradientSquares:
         for sums, gradient in zip(self._sums.values(), gradients, strict=True):
             sums.add(sample, gradient.flatten())
 
-    def totals(self, partitions: int, group: Collective) -> dict[str, Tensor]:
-        """Return the sums over all workers, [R, C] float32 on the CPU, on every worker; collective."""
-        found = {}
+    def reduced(self, partitions: int, group: Collective) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield each linear's sum over all workers, [R, C] float32, on the worker of :func:`roots_of`; collective.
+
+        It is None on the others.
+        """
         for name, root in roots_of(list(self._shapes), group).items():
             shape = self._shapes[name]
             total = sum_over_workers((shape.numel(),), self._sums[name].nodes(), partitions, group, root, self._device)
-            found[name] = torch.empty(shape) if total is None else total.view(shape).to("cpu")
-            broadcast_tensor_(group, root, found[name])
+            yield name, None if total is None else total.view(shape)
+
+    def totals(self, partitions: int, group: Collective) -> dict[str, Tensor]:
+        """Return the sums over all workers, [R, C] float32 on the CPU, on every worker; collective."""
+        found, roots = {}, roots_of(list(self._shapes), group)
+        for name, total in self.reduced(partitions, group):
+            found[name] = torch.empty(self._shapes[name]) if total is None else total.to("cpu")
+            broadcast_tensor_(group, roots[name], found[name])
         return found

@@ -30,6 +30,26 @@ def window_loss(logits_TV: Tensor, sample: Sample, device: torch.device) -> Wind
     return WindowLoss(sample.index, nats / len(targets), len(targets))
 
 
+def loss_gradient(logits_TV: Tensor, sample: Sample, device: torch.device) -> Tensor:
+    """Return the gradient of a window's summed next-token cross-entropy by its logits, in their dtype.
+
+    That is ``softmax(logits_t) - onehot(target_t)``, and 0 behind the last target.
+
+    Raises:
+        RunError: when a logit is not finite.
+    """
+    targets = torch.tensor(sample.tokens[1:], device=device)
+    gradient_TV = torch.zeros_like(logits_TV)
+    parts = zip(
+        *(torch.split(each, TARGETS_AT_ONCE) for each in (logits_TV[:-1], gradient_TV[:-1], targets)), strict=True
+    )
+    for part, into, wanted in parts:
+        probabilities = _checked(part, sample).softmax(-1)
+        probabilities[torch.arange(len(wanted), device=device), wanted] -= 1.0
+        into.copy_(probabilities)
+    return gradient_TV
+
+
 def window_comparison(
     reference_TV: Tensor, logits_TV: Tensor, sample: Sample, device: torch.device
 ) -> WindowComparison:

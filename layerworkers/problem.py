@@ -20,6 +20,9 @@ from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.stopwatch import Stopwatch
 from billhook.layerworkers.triangles import broadcast_symmetric_, broadcast_upper_, triangle_load
 
+RowsOf = Callable[[int, int], Tensor]
+"""``rows(first, last)`` gives rows of a matrix [R, C], which may be overwritten."""
+
 _Broadcast = Callable[[Collective, int, Tensor], None]
 """Makes a matrix the root's on all workers."""
 
@@ -142,7 +145,7 @@ class LinearProblem:
     _diagonal_C: Tensor = field(default_factory=lambda: torch.empty(0))
     """Of the Gram, once that is overwritten."""
     _linear: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    _gradient_squares: Tensor | None = None
+    _gradient_squares: RowsOf | None = None
     _rows: Rows = (0, 0)
     _answers: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -220,10 +223,10 @@ class LinearProblem:
             return weight_RC + share * cross_KC[first_row : first_row + len(weight_RC)]
         return weight_RC + share * matmul_by_rows(weight_RC, cross_KC, self.partition_rows)
 
-    def turn_to(self, linear: Tensor, gradient_squares: Tensor | None = None) -> None:
+    def turn_to(self, linear: Tensor, gradient_squares: RowsOf | None = None) -> None:
         """Say which linear is solved next: all its rows, dense, [R, C] as on disk, which every solver has.
 
-        gradient_squares: of all its rows, [R, C] float32, where the method asks for them.
+        gradient_squares: of some of its rows, in float32, where the method asks for them.
         """
         self._linear, self._gradient_squares = linear, gradient_squares
         self._rows = 0, len(linear)
@@ -236,10 +239,11 @@ class LinearProblem:
     def gradient_squares(self) -> Tensor:
         """Return the mean over samples of the squared gradient of each weight of the rows at hand, [R, C] float32.
 
-        That of what the method declares: see :attr:`billhook.layerworkers.methods.Method.rounds`.
+        A copy of its own, of what the method declares: see :attr:`billhook.layerworkers.methods.Method.rounds` and
+        :attr:`billhook.layerworkers.methods.Method.model_gradients`.
         """
         assert self._gradient_squares is not None, "the method does not declare that it asks for gradients"
-        return self._gradient_squares[slice(*self._rows)].to(self.device)
+        return self._gradient_squares(*self._rows).to(self.device)
 
     def column_magnitudes(self) -> Tensor:
         """Return the 1-norm of each column over all rows of the linear at hand, [C] float32."""

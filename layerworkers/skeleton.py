@@ -225,6 +225,21 @@ class Skeleton:
         head: the linear map of the head matrix, so that it can be applied in slices; the model's own forward does
         the rest (final norm, bias, scaling, capping).
         """
+        return self._finished(hidden, head)
+
+    def output_gradient(
+        self, hidden: Tensor, head: Callable[[Tensor], Tensor], gradient_of: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return a loss's gradient by the last block's output [1, T, H], in the compute dtype.
+
+        head: as of :meth:`finish`. gradient_of: returns the loss's gradient by the logits, given these, [1, T, V].
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            given = hidden.clone().requires_grad_()
+            logits = self._finished(given, head)
+            return torch.autograd.grad(logits, given, gradient_of(logits.detach()))[0]
+
+    def _finished(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         last = len(self.blocks) - 1
         name = _name_of(self.model, self._head_module())
         path, _, leaf = name.rpartition(".")

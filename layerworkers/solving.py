@@ -20,7 +20,7 @@ from billhook.layerworkers.errors import BlockLostError, RunError
 from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.methods import Method, Solution, method_named
 from billhook.layerworkers.patterns import Selector, of_rows
-from billhook.layerworkers.problem import CORRECTION_RIDGE, LinearProblem
+from billhook.layerworkers.problem import CORRECTION_RIDGE, LinearProblem, RowsOf
 from billhook.layerworkers.reduction import Node, give_up, most_nodes, reduction_rounds, total
 from billhook.layerworkers.scratch import bands
 from billhook.layerworkers.shards import TensorEntry
@@ -91,7 +91,7 @@ def solve_stage(
     group: Collective,
     device: torch.device,
     watch: Stopwatch,
-    gradient_squares: Mapping[str, Tensor] | None = None,
+    gradient_squares: Mapping[str, RowsOf] | None = None,
 ) -> Iterator[LinearReport]:
     """Prune the linears of input groups that are known at the same time; collective over ``group``.
 
@@ -99,7 +99,7 @@ def solve_stage(
 
     weights: the dense weights by name on disk, [R, C] in their dtype on disk, on the CPU. On every worker each is
     overwritten by its sparse form before its report is yielded; zeros are positive where anything was removed.
-    gradient_squares: of the weights whose methods ask for them, by name on disk, [R, C] float32, on the CPU.
+    gradient_squares: of the weights whose methods ask for them, by name on disk.
 
     Raises:
         RunError: when a solve fails: the linear is named.
@@ -231,7 +231,7 @@ def _unpacked(packed: Packed, span: Rows, shape: tuple[int, ...]) -> Tensor:
 def _solve_share(
     linear: LinearTask,
     weight: Tensor,
-    gradient_squares: Tensor | None,
+    gradient_squares: RowsOf | None,
     ranges: Sequence[Rows],
     group: Collective,
     problem: LinearProblem,

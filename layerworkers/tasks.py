@@ -150,6 +150,9 @@ class BlockTask:
     """Where the statistics of inputs lie, by the first of the linears that share one, where these were collected before
     and no sample is run; or, for :meth:`BlockWorker.collect_block`, where they are written."""
     tuning: Tuning = Tuning()
+    gradients: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """Where the root mean squares of the gradients of the model's loss lie, by names of weights on disk, of those whose
+    methods ask for them."""
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,20 @@ def tuning_traffic(matrices: Sequence[Matrix], steps: int, compute_item_bytes: i
 
 def squares_traffic(matrices: Sequence[Matrix], partitions: int, workers: int) -> Traffic:
     """Return what :meth:`billhook.layerworkers.gradients.GradientSquares.totals` moves."""
+    traffic = reduced_squares_traffic(matrices, partitions, workers)
+    for matrix in matrices if workers > 1 else []:
+        traffic += _broadcast(tensor_load((matrix.rows, matrix.columns)), workers - 1)
+    return traffic
+
+
+def reduced_squares_traffic(matrices: Sequence[Matrix], partitions: int, workers: int) -> Traffic:
+    """Return what :meth:`billhook.layerworkers.gradients.GradientSquares.reduced` moves."""
     if workers == 1:
         return NOTHING
     nodes = [node_count(start, stop) for start, stop in even_ranges(partitions, workers)]
     traffic = NOTHING
     for number, matrix in enumerate(matrices):
-        entries = matrix.rows * matrix.columns
-        traffic += _reduction(COLUMN_SQUARES, entries, nodes, number % workers)
-        traffic += _broadcast(tensor_load((matrix.rows, matrix.columns)), workers - 1)
+        traffic += _reduction(COLUMN_SQUARES, matrix.rows * matrix.columns, nodes, number % workers)
     return traffic
 
 

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from billhook.layerworkers.activations import Activations
 from billhook.layerworkers.allocator import return_free_pages, return_large_blocks
@@ -25,14 +24,17 @@ from billhook.layerworkers.collective import Collective, Counted
 from billhook.layerworkers.errors import BlockLostError, UnsupportedModelError
 from billhook.layerworkers.fitting import BlockFit, Solve
 from billhook.layerworkers.gradients import Samples
+from billhook.layerworkers.head import Head
 from billhook.layerworkers.lockstep import DenseStream, run_observed, run_plain
-from billhook.layerworkers.losses import window_comparison, window_loss
+from billhook.layerworkers.losses import loss_gradient, window_comparison, window_loss
 from billhook.layerworkers.methods import Alternation
 from billhook.layerworkers.observing import ScoreFacts, observe_scores
 from billhook.layerworkers.output_files import LocalFiles, OutputFiles
+from billhook.layerworkers.problem import RowsOf
 from billhook.layerworkers.reconstruction import tune_if_better
 from billhook.layerworkers.reduction import Node
 from billhook.layerworkers.regional import output_gradient_squares, regional, tune_in_rounds
+from billhook.layerworkers.reverse import ReverseTask, WrittenRoots, go_back
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.shards import DTYPES, TensorEntry, read_rows
 from billhook.layerworkers.skeleton import Skeleton, same_arguments
@@ -54,9 +56,6 @@ from billhook.layerworkers.tasks import (
     WorkerSetup,
 )
 from billhook.layerworkers.transfer import BlockReader, BlockWriter, check_finite
-
-HEAD_SLICE_BYTES = 64 << 20
-"""Bytes of the head matrix that are held at once."""
 
 
 class BlockWorker:
@@ -106,11 +105,12 @@ class BlockWorker:
         Raises:
             InputError: when a tensor holds NaN, or a block's arguments depend on the tokens.
         """
-        self._stem = task
+        self._stem, self._head = task, Head(task.head)
         for tensor in task.tensors:
             self._skeleton.set_parameter(tensor.module_name, self._reader.read(tensor.entry))
         self._samples, self._arguments = list(samples), None
         self._candidates: list[Activations] = []
+        self._entered: list[Activations] = []
         self._hidden, self._dense = self._new_stream(), self._new_stream()
         for sample in self._samples:
             tokens = torch.tensor(sample.tokens, dtype=torch.int64)
@@ -176,7 +176,9 @@ class BlockWorker:
         dense = {linear.disk_name: disk[linear.disk_name].clone() for linear in again}
         inputs = self._copied_inputs() if task.tuning.epochs or again else None
         changing = {linear.disk_name for linear in task.linears} if task.tuning.epochs else set(dense)
-        gradient_squares = self._tune_region(task, disk)
+        gradient_squares = self._tune_region(task, disk) | {
+            name: WrittenRoots(entry, self._reader.bytes_of) for name, entry in task.gradients.items()
+        }
 
         def solve(groups: Sequence[Together]) -> None:
             with self._watch.part("solving"):
@@ -212,7 +214,7 @@ class BlockWorker:
         ordered = tuple(reports[linear.disk_name] for linear in task.linears)
         return replace(self._end_block(task, ordered, began, begin), reconstruction=reconstruction)
 
-    def _tune_region(self, task: BlockTask, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _tune_region(self, task: BlockTask, disk: dict[str, Tensor]) -> dict[str, RowsOf]:
         """Return the mean squared gradients of the weights whose methods ask for them, by name on disk.
 
         Where these tune the block first, the weights in ``disk`` are in float32 from now on.
@@ -229,7 +231,7 @@ class BlockWorker:
         samples = Samples(indices, self._hidden, targets, task.partition_samples, task.partitions)
         parking = self._parking(task.placement.statistics)
         found = output_gradient_squares(block, list(names), samples, arguments, parking, self._group, self._device)
-        squares = {names[name]: found[name] for name in found}
+        squares: dict[str, RowsOf] = {names[name]: partial(_rows_of, found[name]) for name in found}
         if rounds.count:
             disk.update({name: disk[name].float() for name in names.values()})
 
@@ -549,11 +551,69 @@ class BlockWorker:
         self._drop_block(task.index)
         return shares
 
+    @torch.inference_mode()
+    def enter_block(
+        self, index: int, tensors: Sequence[ModuleTensor], next_tensors: Sequence[ModuleTensor] = ()
+    ) -> None:
+        """Carry the samples through a dense block, and keep what entered it; read ``next_tensors`` meanwhile.
+
+        Raises:
+            InputError, RunError: as :meth:`branch_block`.
+        """
+        self._load(tensors)
+        self._reader.begin(next_tensors)
+        self._entered.append(self._copied_inputs())
+        run_plain(self._skeleton.blocks[index], self._hidden, self._arguments_of(index))
+        self._check_hidden(index)
+        self._drop_block(index)
+
+    def turn_back(self) -> None:
+        """Replace each sample's hidden state beyond the last block by the gradient by it of the sample's loss.
+
+        It is that of the summed cross-entropy of all its targets.
+
+        Raises:
+            RunError: when a logit is not finite.
+        """
+        for number, sample in enumerate(self._samples):
+
+            def gradient_of(logits: Tensor, sample: Sample = sample) -> Tensor:
+                return loss_gradient(logits[0], sample, self._device)[None]
+
+            self._hidden[number] = self._skeleton.output_gradient(self._hidden[number], self._head, gradient_of)
+
+    @torch.inference_mode()
+    def leave_block(self, task: ReverseTask) -> None:
+        """Take gradients back through the block that was entered last; see :func:`go_back`.
+
+        Raises:
+            InputError: when a weight is NaN or infinite: the tensor is named.
+            RunError: when a gradient is not finite, or the disk fails.
+        """
+        self._load(task.tensors)
+        self._reader.begin(task.next_tensors)
+        inputs = self._entered.pop()
+        go_back(
+            self._skeleton.blocks[task.index],
+            task,
+            [sample.index for sample in self._samples],
+            inputs,
+            self._hidden,
+            self._arguments_of(task.index),
+            self._parking(task.statistics),
+            self._writer,
+            self._group,
+            self._device,
+        )
+        del inputs[:]  # those that are parked give their places back
+        self._writer.sync(lambda: None)
+        self._drop_block(task.index)
+
     def candidate_losses(self) -> list[list[WindowLoss]]:
         """Return the losses of this worker's samples, as :meth:`losses` does, for each stream beyond the last block."""
         return [
             [
-                window_loss(self._skeleton.finish(hidden, self._apply_head)[0], sample, self._device)
+                window_loss(self._skeleton.finish(hidden, self._head)[0], sample, self._device)
                 for hidden, sample in zip(states, self._samples, strict=True)
             ]
             for states in self._candidates
@@ -569,7 +629,7 @@ class BlockWorker:
 
     def logits(self, index: int) -> Tensor:
         """Return the logits [1, T, V] of this worker's ``index``-th sample, whose hidden state left the last block."""
-        return self._skeleton.finish(self._hidden[index], self._apply_head)
+        return self._skeleton.finish(self._hidden[index], self._head)
 
     def losses(self) -> list[WindowLoss]:
         """Return the mean next-token cross-entropy of each of this worker's samples."""
@@ -657,15 +717,6 @@ class BlockWorker:
         check_finite(entry, rows)
         return rows.to(self._device, self._skeleton.dtype)
 
-    def _apply_head(self, hidden: Tensor) -> Tensor:
-        """Multiply by the head matrix [V, H], read in slices of rows."""
-        entry = self._stem.head
-        rows = max(256, HEAD_SLICE_BYTES // (entry.size_bytes // entry.shape[0]))
-        logits = hidden.new_empty(*hidden.shape[:-1], entry.shape[0])
-        for start in range(0, entry.shape[0], rows):
-            stop = min(start + rows, entry.shape[0])
-            rows_read = read_rows(entry, start, stop)
-            check_finite(entry, rows_read)
-            weight = rows_read.to(self._device, hidden.dtype)
-            logits[..., start:stop] = functional.linear(hidden, weight)
-        return logits
+
+def _rows_of(matrix_RC: Tensor, first: int, last: int) -> Tensor:
+    return matrix_RC[first:last].clone()

@@ -151,7 +151,7 @@ def allocated(
     def trial(samples: int) -> Trial:
         assert windows is not None
         parked = user_path(resources.scratch or scratch or tempfile.gettempdir())
-        return Trial(request, resources, replace(windows, tokens=windows.tokens[:samples]), parked)
+        return Trial(request, resources, windows.first(samples), parked)
 
     def deviations(candidates: Sequence[Candidate], samples: int) -> list[list[Deviation]]:
         return deviations_of(trial(samples), candidates, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ class Windows:
     tokens: tuple[tuple[int, ...], ...]
     sha256: str
     """Hash of the tokens as little-endian int64, window after window."""
+
+    def first(self, count: int) -> Windows:
+        """Return the first windows, as part of these: with the hash of all."""
+        return replace(self, tokens=self.tokens[:count])
 
 
 def default_seqlen(config: Any) -> int:

@@ -35,6 +35,25 @@ class Shard:
     size_bytes: int
 
 
+def float_shard(folder: Path, name: str, dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> Shard:
+    """Return a shard to be written, of tensors of one dtype (``F32``, ``BF16``), one behind the other."""
+    header: dict[str, Any] = {}
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + DTYPES[dtype].itemsize * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    body = json.dumps(header).encode()
+    raw = body.ljust(-(-len(body) // 8) * 8)
+    first = 8 + len(raw)
+    entries = tuple(
+        TensorEntry(
+            key, str(folder / name), dtype, tuple(each["shape"]), *(first + offset for offset in each["data_offsets"])
+        )
+        for key, each in header.items()
+    )
+    return Shard(name, len(raw).to_bytes(8, "little") + raw, entries, first + end)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder of safetensors shards with their index, config and tokenizer."""

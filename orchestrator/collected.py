@@ -6,17 +6,15 @@ Each block has a safetensors file, with a flat float32 tensor for each input of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from billhook.layerworkers.collected import collected_floats
 from billhook.layerworkers.errors import DamagedRunError, NoRunError, OptionError
 from billhook.layerworkers.methods import Solver, method_named
 from billhook.layerworkers.shards import TensorEntry
-from billhook.orchestrator.checkpoint import Checkpoint, Shard, open_file
+from billhook.orchestrator.checkpoint import Checkpoint, Shard, float_shard, open_file
 from billhook.orchestrator.history import Decided, is_collection, read_history
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.layout import Block, Linear
@@ -147,18 +145,4 @@ def _shard(folder: Path, block: Block, linears: Sequence[Linear]) -> Shard:
     name = f"block-{block.index:05d}.safetensors"
     columns = {linear.group: linear.shape[1] for linear in linears}
     floats = {block.groups[number].linears[0]: collected_floats(columns[number]) for number in sorted(columns)}
-    header: dict[str, Any] = {}
-    end = 0
-    for key, count in floats.items():
-        header[key] = {"dtype": "F32", "shape": [count], "data_offsets": [end, end + 4 * count]}
-        end += 4 * count
-    body = json.dumps(header).encode()
-    raw = body.ljust(-(-len(body) // 8) * 8)
-    first = 8 + len(raw)
-    entries = tuple(
-        TensorEntry(
-            key, str(folder / name), "F32", tuple(each["shape"]), *(first + offset for offset in each["data_offsets"])
-        )
-        for key, each in header.items()
-    )
-    return Shard(name, len(raw).to_bytes(8, "little") + raw, entries, first + end)
+    return float_shard(folder, name, "F32", {key: (count,) for key, count in floats.items()})

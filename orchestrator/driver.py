@@ -33,6 +33,8 @@ from billhook.orchestrator.events import (
     sparsity_of,
     together,
 )
+from billhook.orchestrator.gradient_pass import take_gradients
+from billhook.orchestrator.gradients import remove_gradients
 from billhook.orchestrator.history import (
     History,
     branch_point,
@@ -381,6 +383,7 @@ def _run(run: Run) -> dict[str, int]:
     peak = {"vram": 0, "ram": 0, "disk": 0}
     if unpruned:
         try:
+            take_gradients(run)
             peak = commit_blocks(run)
         except RunError as error:
             run.lock.check()  # what failed may have failed for that
@@ -416,4 +419,5 @@ def _finish(plan: Plan, windows: Windows | None, output: Path) -> None:
         },
     )
     remove_kept(output)
+    remove_gradients(output)
     append(output, "done", {"manifest": manifest})

@@ -11,15 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-import torch
-
 from billhook.cluster.memory import own_bytes
 from billhook.layerworkers.errors import InputError, OptionError
-from billhook.layerworkers.losses import TARGETS_AT_ONCE
 from billhook.layerworkers.methods import METHODS
 from billhook.layerworkers.patterns import parse_pattern
 from billhook.layerworkers.tasks import Sample, WindowComparison
-from billhook.layerworkers.worker import HEAD_SLICE_BYTES
 from billhook.orchestrator.budgets import DISK_RESERVE_BYTES, free_disk_bytes, resolve_budgets
 from billhook.orchestrator.calibration import (
     CHARACTERS_PER_TOKEN,
@@ -32,6 +28,7 @@ from billhook.orchestrator.calibration import (
 )
 from billhook.orchestrator.events import Progress, Step, no_progress
 from billhook.orchestrator.job import Job
+from billhook.orchestrator.logits_needs import item_bytes, logits_bytes
 from billhook.orchestrator.model import Model, check_gpus, open_model, resolve_workers
 from billhook.orchestrator.needs import Need
 from billhook.orchestrator.paths import user_path
@@ -244,7 +241,7 @@ def _arrange_all(
 
     Both models' hidden states are there at the end. Each is planned with as if both were as wide as the wider one.
     """
-    by_width = sorted(models, key=lambda model: -model.config.get_text_config().hidden_size * _item_bytes(model))
+    by_width = sorted(models, key=lambda model: -model.config.get_text_config().hidden_size * item_bytes(model))
     logits = sum(logits_bytes(model, seqlen) for model in models)
     kept = len(models) * windows
     made = {id(by_width[0]): _arrange(by_width[0], kept, seqlen, limits, workers, scratch, logits)}
@@ -253,23 +250,6 @@ def _arrange_all(
         fixed = cast(RunOptions, {**limits, "workers": first.workers})
         made[id(model)] = _arrange(model, kept, seqlen, fixed, first.workers, scratch, logits, first.activations)
     return [made[id(model)] for model in models]
-
-
-def _item_bytes(model: Model) -> int:
-    item: int = getattr(torch, model.dtype).itemsize
-    return item
-
-
-def logits_bytes(model: Model, seqlen: int) -> int:
-    """Return what a window's logits take, with all that is made of them.
-
-    The logits, with the copies that capping makes; a slice of the head in both dtypes; and of 128 targets the logits
-    in float32, their log-probabilities, and whether they are finite.
-    """
-    entry, vocabulary = model.layout.stem.head, model.layout.stem.head.shape[0]
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
-    logits = (3 if capped else 1) * _item_bytes(model) * seqlen * vocabulary
-    return logits + 3 * min(HEAD_SLICE_BYTES, entry.size_bytes) + 12 * TARGETS_AT_ONCE * vocabulary
 
 
 def _arrange(

@@ -14,11 +14,12 @@ from typing import Literal
 
 from billhook.layerworkers.tasks import LinearReport, Reconstruction
 
-Phase = Literal["plan", "allocate", "start", "replay", "eval", "copy", "finish"]
+Phase = Literal["plan", "allocate", "gradients", "start", "replay", "eval", "copy", "finish"]
 
 _LABELS: dict[Phase, str] = {
     "plan": "plan",
     "allocate": "allocating",
+    "gradients": "taking gradients",
     "start": "starting",
     "replay": "replaying",
     "eval": "evaluating",
@@ -26,7 +27,7 @@ _LABELS: dict[Phase, str] = {
     "finish": "finishing",
 }
 
-_BY_BLOCK: tuple[Phase, ...] = ("allocate", "replay", "eval")
+_BY_BLOCK: tuple[Phase, ...] = ("allocate", "gradients", "replay", "eval")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Step:
     """Something other than pruning a block is being done, or done with."""
 
     phase: Phase
-    """`plan`, `allocate`, `start` (of Ray and the workers), `replay` (of blocks that are done), `eval`, `copy`,
-    `finish`."""
+    """`plan`, `allocate`, `gradients` (forward and back), `start` (of Ray and the workers), `replay` (of blocks
+    that are done), `eval`, `copy`, `finish`."""
     done: int
     """Of `total`: blocks, where the phase goes through them."""
     total: int

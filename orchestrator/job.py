@@ -33,6 +33,17 @@ Stage = Sequence[Sequence[Linear]]
 
 
 @dataclass(frozen=True)
+class GradientWork:
+    """A pass forward and back for the gradients of the model's loss, before anything is pruned."""
+
+    samples: int
+    blocks: int
+    """Whose inputs are all kept."""
+    head_bytes: int
+    """What the gradient by the last block's output takes, of one sample."""
+
+
+@dataclass(frozen=True)
 class Job:
     """What is done to the blocks, as far as it decides memory and time."""
 
@@ -51,6 +62,8 @@ class Job:
     """Memory of what runs beside on the node, as Ray's dashboard."""
     others: Mapping[str, Solver] = field(default_factory=dict)
     """What solves the linears that another method is for, by their names on disk."""
+    gradients: GradientWork | None = None
+    """None: no method asks for it."""
 
     @property
     def pace(self) -> Pace:
@@ -129,6 +142,10 @@ class Job:
             return []
         by_name = {each.name: each for each in facts.linears if self.solver(each).method.alternation is not None}
         return [by_name[name] for name in facts.block.feed_forward if name in by_name]
+
+    def in_gradients(self, facts: BlockWork) -> list[Linear]:
+        """Return the linears of a block whose methods ask for the gradients of the model's loss."""
+        return [linear for linear in facts.linears if self.solver(linear).method.model_gradients is not None]
 
     def work(self, linear: Linear) -> Work:
         """Return what solving a linear is."""

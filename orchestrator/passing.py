@@ -16,9 +16,9 @@ from billhook.layerworkers.machine import library_versions, machine_facts
 from billhook.layerworkers.methods import METHODS
 from billhook.orchestrator.budgets import DISK_RESERVE_BYTES, free_disk_bytes, resolve_budgets
 from billhook.orchestrator.calibration import Windows, deal_samples
-from billhook.orchestrator.evaluation import logits_bytes
 from billhook.orchestrator.events import Progress
 from billhook.orchestrator.job import BlockWork, Job
+from billhook.orchestrator.logits_needs import logits_bytes
 from billhook.orchestrator.model import check_gpus, resolve_workers
 from billhook.orchestrator.needs import Need, larger
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange

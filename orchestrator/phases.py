@@ -69,8 +69,7 @@ def block_phases(
 
     Experts' come more than once, but only once of those that need the same.
     """
-    recipe = job.recipe
-    summed = job.sums
+    recipe, summed = job.recipe, job.sums
     ranges = even_ranges(job.partitions, workers)
     own_samples = [
         max(0, min(stop * recipe.partition_samples, job.samples) - start * recipe.partition_samples)
@@ -158,6 +157,7 @@ def block_phases(
             [resident[rank] + ahead + held(rank, stage) + solving[rank] + later for rank in range(workers)],
         )
         previous = stage
+    yield from _going_back(job, facts, placement, activations, workers)
     for phase, needs in (
         *turns_phases(job, facts, placement, activations, ranges, most_waiting, own_samples),
         *_tuning_phases(job, facts, placement, most_waiting),
@@ -277,6 +277,31 @@ def _tuning_phases(
         yield "rounds", [_tuning(job, facts, in_rounds, rank, workers) for rank in range(workers)]
     if job.recipe.reconstruct:
         yield "reconstruction", [_tuning(job, facts, facts.linears, rank, workers) for rank in range(workers)]
+
+
+def _going_back(
+    job: Job, facts: BlockWork, placement: Placement, activations: str, workers: int
+) -> Iterator[tuple[str, list[Need]]]:
+    """Yield what each worker needs to take the gradients of the model's loss, before anything is pruned.
+
+    There are what entered each block, what left the last one, and its gradient; the block, its gradients and their sums
+    or the logits; the block before is read meanwhile.
+    """
+    recipe, work, linears = job.recipe, job.gradients, job.in_gradients(facts)
+    if work is None:
+        return
+    size = recipe.partition_samples
+    partitions = even_ranges(-(-work.samples // size), workers)
+    squares = 4 * sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    block = _weights(facts.block, recipe) + _gradients(job, facts, linears) + Need(squares + 2 * BAND_BYTES, 0, 0)
+    needs = []
+    for start, stop in partitions:
+        own = max(0, min(stop * size, work.samples) - start * size)
+        waiting = max((node_count(start, end) for end in range(start, stop)), default=0)
+        kept = at_tier(activations, (work.blocks + 2) * facts.footprint.hidden_bytes * own)
+        taking = larger(block + at_tier(placement.statistics, waiting * squares), Need(work.head_bytes, 0, 0))
+        needs.append(kept + taking + Need(3 * facts.footprint.hidden_bytes, facts.next_bytes, 0))
+    yield "gradients of the loss", needs
 
 
 def _tuning(job: Job, facts: BlockWork, linears: Sequence[Linear], rank: int, workers: int) -> Need:

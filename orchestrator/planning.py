@@ -23,9 +23,11 @@ from billhook.orchestrator.devices import (
     on_device,
     supposition,
 )
-from billhook.orchestrator.job import BlockWork, Job
+from billhook.orchestrator.gradients import gradient_files, gradient_samples, gradients_of
+from billhook.orchestrator.job import BlockWork, GradientWork, Job
 from billhook.orchestrator.keeping import keep_every, kept_copies
 from billhook.orchestrator.layout import Linear
+from billhook.orchestrator.logits_needs import logits_gradient_bytes
 from billhook.orchestrator.model import Model, check_gpus, resolve_workers
 from billhook.orchestrator.phases import DASHBOARD_BYTES
 from billhook.orchestrator.placing import Arrangement, DoesNotFitError, arrange
@@ -127,6 +129,7 @@ class Plan:
             Coverage(recipe.expert_tokens, recipe.expert_fallback),
             self._statistics_of(index, output),
             Tuning(recipe.reconstruct, recipe.reconstruct_rate),
+            gradients_of(request, index, output),
         )
 
     def _statistics_of(self, index: int, output: Path) -> Mapping[str, TensorEntry]:
@@ -285,7 +288,16 @@ def _job(request: Request, resources: Resources, supposed: Supposition) -> Job:
         *(request.recipe, request.method, options, request.pattern, request.samples, near, supposed.bandwidth_bytes),
         beside_bytes=DASHBOARD_BYTES if resources.dashboard else 0,
         others=request.others,
+        gradients=_gradient_work(request),
     )
+
+
+def _gradient_work(request: Request) -> GradientWork | None:
+    if not (samples := gradient_samples(request)):
+        return None
+    model = request.model
+    head = logits_gradient_bytes(model, request.recipe.seqlen or 0)
+    return GradientWork(samples, len(model.layout.blocks), head)
 
 
 def _tiers(resources: Resources) -> dict[str, str]:
@@ -366,10 +378,11 @@ def block_work(model: Model, chosen: tuple[tuple[Linear, ...], ...], seqlen: int
 
 
 def output_bytes(request: Request) -> int:
-    """Return the size of the output: of its shards, of what travels along, and of the records at most."""
+    """Return the size of the output: of its shards, what travels along, gradients, and the records at most."""
     checkpoint, linears = request.written, sum(len(block.linears) for block in request.model.layout.blocks)
     others = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.others)
-    return checkpoint.size_bytes + others + REPORT_BYTES + RECORD_BYTES * (linears + RECORDS)
+    gradients = gradient_files(request).size_bytes if gradient_samples(request) else 0
+    return checkpoint.size_bytes + others + gradients + REPORT_BYTES + RECORD_BYTES * (linears + RECORDS)
 
 
 def kinds_of_blocks(plan: Plan) -> dict[BlockTime, list[int]]:
@@ -386,9 +399,10 @@ def estimate(plan: Plan) -> Estimate:
     checkpoint, blocks = request.model.checkpoint, request.model.layout.blocks
     written = output_bytes(request)
     kept = plan.kept_rows * plan.hidden_bytes * sum(plan.keeps_inputs_of(block.index) for block in blocks)
-    read = checkpoint.size_bytes + (workers - 1) * sum(
-        tensor.entry.size_bytes for block in blocks for tensor in block.tensors
-    )
+    in_blocks = sum(tensor.entry.size_bytes for block in blocks for tensor in block.tensors)
+    read = checkpoint.size_bytes + (workers - 1) * in_blocks
+    if gradient_samples(request):
+        read += workers * (2 * in_blocks + gradient_files(request).size_bytes)
     rest = 2 * sum(entry.size_bytes for entry in request.copied) / plan.rates.disk_bytes
     peak = plan.arrangement.peak
     on_gpu = request.recipe.device != "cpu"

@@ -479,16 +479,17 @@ def _compile(option: str, patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
 
 
 def _check_gradients(recipe: Recipe, model: Model, solvers: Iterable[Solver]) -> None:
-    """Check that what asks for gradients of a block can have them.
+    """Check that what asks for gradients can have them.
 
     Raises:
         OptionError: where not.
     """
-    asking = [solver.method.name for solver in solvers if solver.method.rounds is not None]
+    methods = [solver.method for solver in solvers]
+    asking = [each.name for each in methods if each.rounds is not None or each.model_gradients is not None]
     if asking and recipe.collected is not None:
         raise OptionError(
-            f"--method {asking[0]}: asks for gradients of the blocks, which --collected has none of; choose another "
-            "method, or use 'billhook prune'"
+            f"--method {asking[0]}: asks for gradients, which --collected has none of; choose another method, or use "
+            "'billhook prune'"
         )
     if not any(block.experts for block in model.layout.blocks):
         return

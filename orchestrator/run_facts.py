@@ -118,7 +118,7 @@ def _stepped(facts: RunFacts, step: Step, at: float) -> RunFacts:
         if step.done >= facts.done:
             return _pruning(facts, facts.done, at)
         return replace(facts, doing=f"replaying block {step.done + 1} of {facts.done}", since=at)
-    if step.phase in ("allocate", "eval"):
+    if step.phase in ("allocate", "gradients", "eval"):
         recent = () if step.done == 1 else (*facts.recent_seconds, at - facts.since)[-RECENT_BLOCKS:]
         facts = replace(facts, recent_seconds=recent, done=step.done, blocks=step.total)
     return replace(facts, doing=str(step).partition(":")[0], since=at)

@@ -17,7 +17,15 @@ from billhook.layerworkers.reconstruction import BATCH_PARTITIONS
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.sharing import Shared, share_out_stage, shared_of
 from billhook.layerworkers.statistics import Statistic
-from billhook.layerworkers.traffic import NOTHING, Matrix, Traffic, squares_traffic, stage_traffic, tuning_traffic
+from billhook.layerworkers.traffic import (
+    NOTHING,
+    Matrix,
+    Traffic,
+    reduced_squares_traffic,
+    squares_traffic,
+    stage_traffic,
+    tuning_traffic,
+)
 from billhook.orchestrator.job import BlockWork, Job, Stage
 from billhook.orchestrator.layout import Linear
 from billhook.orchestrator.probe import Rates
@@ -137,10 +145,11 @@ def passes(job: Job) -> float:
     solving = 2 if recipe.fit == "dense-block" or recipe.correction else 1
     tuning = 1 + (not recipe.correction) + 3 * recipe.reconstruct if recipe.reconstruct else 0
     tuning += _again(job)
+    gradients = 0.0 if job.gradients is None else 4 * job.gradients.samples / max(1, job.samples)
     if (rounds := job.rounds) is None:
-        return solving + tuning
+        return solving + tuning + gradients
     tuned = min(1.0, rounds.samples / max(1, job.samples))
-    return solving + tuning + 1 + 3 + rounds.count * (solving + 3 * tuned)
+    return solving + tuning + gradients + 1 + 3 + rounds.count * (solving + 3 * tuned)
 
 
 def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connection: Connection) -> BlockTime:
@@ -164,6 +173,9 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         first = min(job.partitions, -(-rounds.samples // size))
         traffic += tuning_traffic(tuned, -(-first // BATCH_PARTITIONS), item, workers) * rounds.count
         traffic += squares_traffic(tuned, job.partitions, workers)
+    if job.gradients is not None:
+        matrices = [Matrix(*linear.shape, 4) for linear in job.in_gradients(facts)]
+        traffic += reduced_squares_traffic(matrices, -(-job.gradients.samples // size), workers)
     if job.recipe.reconstruct:
         steps = job.recipe.reconstruct * -(-job.partitions // BATCH_PARTITIONS)
         tuned = [Matrix(*linear.shape, linear.item_bytes) for linear in facts.linears]
@@ -177,7 +189,7 @@ def block_time(job: Job, facts: BlockWork, workers: int, rates: Rates, connectio
         factors,
         solving + share * flops.moving / rates.float32_flops,
         traffic.busiest_bytes / connection.bandwidth_bytes + traffic.exchanges * job.pace.exchange_seconds,
-        ((1 if connection.apart else workers) + 1) * on_disk / rates.disk_bytes,
+        ((1 if connection.apart else workers) * (1 if job.gradients is None else 3) + 1) * on_disk / rates.disk_bytes,
         flops.forward + flops.statistics + flops.factors + flops.solving + flops.moving,
         traffic.moved_bytes,
     )

@@ -23,6 +23,7 @@ from billhook.layerworkers.methods.chain import chain
 from billhook.layerworkers.methods.collect import COLLECT
 from billhook.layerworkers.methods.contract import Alternation, Method, Refinement, Rounds, Solution, Solver
 from billhook.layerworkers.methods.dsnot import DSNOT
+from billhook.layerworkers.methods.gblm import GBLM
 from billhook.layerworkers.methods.iht import IHT
 from billhook.layerworkers.methods.magnitude import MAGNITUDE
 from billhook.layerworkers.methods.net_trim import NET_TRIM
@@ -38,7 +39,7 @@ from billhook.layerworkers.methods.wanda_plus_plus import WANDA_PLUS_PLUS
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        *(AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, WANDA_PLUS_PLUS, RIA),
+        *(AUTO, MAGNITUDE, WANDA, WANDA_CUMULATIVE, WANDA_PLUS_PLUS, GBLM, RIA),
         *(SPARSEGPT, SPARSE_LLM, THANOS, NET_TRIM, IHT, ADMM, ALPS),
     )
 }

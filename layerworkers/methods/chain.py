@@ -35,6 +35,7 @@ def chain(first: Method, refinements: Sequence[Refinement]) -> Method:
         return solution
 
     rounds_of: Callable[[Any], Rounds] = first.rounds or (lambda options: Rounds(0, 0, 0.0))
+    samples_of: Callable[[Any], int] = first.model_gradients or (lambda options: 0)
     alternation_of: Callable[[Any], Alternation] = first.alternation or (lambda options: Alternation(0))
     forms = frozenset[str]().union(*(part.forms for part in parts))
     return dataclasses.replace(
@@ -49,6 +50,7 @@ def chain(first: Method, refinements: Sequence[Refinement]) -> Method:
         selections=lambda columns, options: first.selections(columns, _of(first, options)),
         counts=lambda columns, options: first.counts(columns, _of(first, options)),
         rounds=None if first.rounds is None else lambda options: rounds_of(_of(first, options)),
+        model_gradients=None if first.model_gradients is None else lambda options: samples_of(_of(first, options)),
         alternation=None if first.alternation is None else lambda options: alternation_of(_of(first, options)),
         flops=lambda rows, columns, options: sum(part.flops(rows, columns, _of(part, options)) for part in parts),
         launches=lambda columns, options: sum(part.launches(columns, _of(part, options)) for part in parts),

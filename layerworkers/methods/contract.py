@@ -90,6 +90,9 @@ class Method:
     """Share of the deviation from the dense model that targets take back where the recipe leaves it to the method."""
     rounds: Callable[[Any], Rounds] | None = None
     """``rounds(options)`` of a method that asks for the gradients of the block's output; None: it does not."""
+    model_gradients: Callable[[Any], int] | None = None
+    """``model_gradients(options)``: on how many samples, the first ones, a method asks for the gradients of the model's
+    loss; None: it does not."""
     alternation: Callable[[Any], Alternation] | None = None
     """``alternation(options)`` of a method that prunes the linears of a feed-forward network once more, together."""
     adaptive: bool = False

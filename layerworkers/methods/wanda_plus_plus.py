@@ -51,7 +51,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     squares_C, _, _, samples_C = problem.moments()
     norms_C = squares_C.div(samples_C.clamp(min=1)).sqrt_()
     magnitude_RC = weight_RC.abs()
-    score_RC = problem.gradient_squares().sqrt().mul_(options.alpha).add_(norms_C).mul_(magnitude_RC)
+    score_RC = problem.gradient_squares().sqrt_().mul_(options.alpha).add_(norms_C).mul_(magnitude_RC)
     prune_RC = select(score_RC)
     return mask_by_score(weight_RC, magnitude_RC.mul_(norms_C), lambda _: prune_RC, problem.partition_rows)
 

@@ -135,7 +135,7 @@ def solved(method: str, options: dict[str, Any], gradient_squares: Tensor, patte
     for sample in x_TC.view(4, 16, 32):
         chosen.statistic.add(total, sample, None)  # type: ignore[union-attr]
     problem = LinearProblem(total, 32, 8, Alone(), CPU)
-    problem.turn_to(weight_RC, gradient_squares)
+    problem.turn_to(weight_RC, lambda first, last: gradient_squares[first:last].clone())
     select = Selector(pattern, chosen.within_rows, Alone())
     return chosen.solve(weight_RC.clone(), problem, select, chosen.options(**options)).weight_RC
 
