@@ -59,6 +59,7 @@ def roots(folder: Path, output: Path, group: Collective, tier: str = "device") -
     for block in model.layout.blocks:
         worker.enter_block(block.index, block.tensors)
     worker.turn_back()
+    group.exchange({})  # going back, a thread chooses attention's implementation for all of them
     found = {}
     for block, shard in zip(reversed(model.layout.blocks), reversed(files), strict=True):
         entries = {
