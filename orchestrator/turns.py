@@ -21,8 +21,9 @@ from billhook.orchestrator.model import Model
 from billhook.orchestrator.needs import Need, at_tier
 from billhook.orchestrator.recipe import Recipe
 
-ENTRIES_AT_ONCE = 20
-"""Numbers in float32 for each channel between the linears and token of a sample, while its auxiliaries are moved."""
+ENTRIES_AT_ONCE = 40
+"""Numbers in float32 for each channel between the linears and token of a sample, while its auxiliaries are moved: half
+of them are alive at once, and the others what the C library has not given back."""
 
 
 def check_turns(
@@ -124,8 +125,8 @@ def _refitting(job: Job, linear: Linear, total: int) -> int:
     rows, columns = linear.shape
     gram = 4 * columns**2
     copies = 3 * gram if job.recipe.device != "cpu" else 0  # torch factorises into copies
-    dense = 2 * 4 * rows * columns
-    return total + gram + copies + dense + job.solver(linear).method.extra_bytes(rows, columns)
+    dense = 3 * 4 * rows * columns
+    return total + 2 * gram + copies + dense + job.solver(linear).method.extra_bytes(rows, columns)
 
 
 def moving_flops(job: Job, facts: BlockWork, tokens: int) -> float:
