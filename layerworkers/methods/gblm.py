@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from billhook.layerworkers.errors import OptionError
-from billhook.layerworkers.methods.contract import Method, Solution, mask_by_score
+from billhook.layerworkers.methods.contract import Method, Solution
+from billhook.layerworkers.methods.wanda import mask_with_gradients
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, moments_load
 from billhook.layerworkers.statistics import MOMENTS
@@ -41,13 +42,11 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     and on the number of samples. The reported error is Wanda's, ``sum (|W_ij| ||X_j|| of what was removed)^2 / sum
     (|W_ij| ||X_j||)^2``.
     """
-    squares_C, _, _, samples_C = problem.moments()
-    norms_C = squares_C.div(samples_C.clamp(min=1)).sqrt_()
-    count = min(options.gradient_samples, float(samples_C[0]))
-    magnitude_RC = weight_RC.abs()
-    score_RC = problem.gradient_squares().mul_(count).sqrt_().mul_(options.alpha).add_(norms_C).mul_(magnitude_RC)
-    prune_RC = select(score_RC)
-    return mask_by_score(weight_RC, magnitude_RC.mul_(norms_C), lambda _: prune_RC, problem.partition_rows)
+
+    def scaled(squares_RC: Tensor, samples: float) -> Tensor:
+        return squares_RC.mul_(min(options.gradient_samples, samples)).sqrt_().mul_(options.alpha)
+
+    return mask_with_gradients(weight_RC, problem, select, scaled)
 
 
 GBLM = Method(

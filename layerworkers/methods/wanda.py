@@ -5,6 +5,7 @@ Legend: R rows (outputs), C columns (inputs).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,22 @@ def solve_cumulatively(weight_RC: Tensor, problem: LinearProblem, select: Select
     share_RC = running_RC.div_(running_RC[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)).float()
     prune_RC = select(torch.empty_like(score_RC).scatter_(1, order_RC, share_RC))
     return mask_by_score(weight_RC, score_RC, lambda _: prune_RC, problem.partition_rows)
+
+
+def mask_with_gradients(
+    weight_RC: Tensor, problem: LinearProblem, select: Selector, scaled: Callable[[Tensor, float], Tensor]
+) -> Solution:
+    """Remove the entries with the smallest ``S_ij = |W_ij| (||X_j||_2 + A_ij)``; the reported error is Wanda's.
+
+    ``||X_j||`` is the root of the mean over samples of the squared norm. scaled: returns A [R, C], given mean squared
+    gradients [R, C], which may be overwritten, and the number of samples.
+    """
+    squares_C, _, _, samples_C = problem.moments()
+    norms_C = squares_C.div(samples_C.clamp(min=1)).sqrt_()
+    magnitude_RC = weight_RC.abs()
+    score_RC = scaled(problem.gradient_squares(), float(samples_C[0])).add_(norms_C).mul_(magnitude_RC)
+    prune_RC = select(score_RC)
+    return mask_by_score(weight_RC, magnitude_RC.mul_(norms_C), lambda _: prune_RC, problem.partition_rows)
 
 
 WANDA = Method(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from billhook.layerworkers.errors import OptionError
-from billhook.layerworkers.methods.contract import Method, Rounds, Solution, mask_by_score
+from billhook.layerworkers.methods.contract import Method, Rounds, Solution
+from billhook.layerworkers.methods.wanda import mask_with_gradients
 from billhook.layerworkers.patterns import Selector
 from billhook.layerworkers.problem import LinearProblem, moments_load
 from billhook.layerworkers.statistics import MOMENTS
@@ -48,12 +49,9 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
     the root of the mean over samples of the squared norm, as in Wanda's code: alpha depends on it. The reported error
     is Wanda's, ``sum (|W_ij| ||X_j|| of what was removed)^2 / sum (|W_ij| ||X_j||)^2``.
     """
-    squares_C, _, _, samples_C = problem.moments()
-    norms_C = squares_C.div(samples_C.clamp(min=1)).sqrt_()
-    magnitude_RC = weight_RC.abs()
-    score_RC = problem.gradient_squares().sqrt_().mul_(options.alpha).add_(norms_C).mul_(magnitude_RC)
-    prune_RC = select(score_RC)
-    return mask_by_score(weight_RC, magnitude_RC.mul_(norms_C), lambda _: prune_RC, problem.partition_rows)
+    return mask_with_gradients(
+        weight_RC, problem, select, lambda squares_RC, samples: squares_RC.sqrt_().mul_(options.alpha)
+    )
 
 
 WANDA_PLUS_PLUS = Method(

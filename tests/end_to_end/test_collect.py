@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES
 from outputs import contents, tensors
 from safetensors.torch import load_file
-from steps import step_of
+from steps import ending_at, step_of
 
 from billhook.orchestrator import (
     InputError,
@@ -28,7 +28,6 @@ from billhook.orchestrator import (
 )
 from billhook.orchestrator.allocation.scores import collected_scores
 from billhook.orchestrator.events import Event
-from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.recipe import read_options
 from billhook.orchestrator.request import make_request
 from billhook.orchestrator.run_status import status_page
@@ -101,15 +100,10 @@ def test_no_byte_of_the_statistics_depends_on_who_works(
 def test_an_interrupted_collection_is_gone_on_with(
     llama: Path, text_file: Path, collected: Path, tmp_path: Path
 ) -> None:
-    interruption = Interruption(grace_seconds=100.0)
-
-    def ask(event: Event) -> None:
-        if step_of(event) == ("prune", 1):
-            interruption.ask()
 
     options: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "keep_inputs": "never", "workers": 2}
     with pytest.raises(Interrupted):
-        collect(llama, tmp_path / "out", interruption=interruption, progress=ask, **options)
+        collect(llama, tmp_path / "out", **ending_at("prune", 1), **options)
     with pytest.raises(InputError, match="not complete; run the same 'billhook collect' again"):
         solve(tmp_path / "out", tmp_path / "solved", method="wanda")
     replayed: list[int] = []
@@ -136,14 +130,9 @@ def test_what_passes_samples_through_changed_models_is_refused(collected: Path, 
 def test_an_interrupted_solve_is_gone_on_with(collected: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "admm", "sparsity": 0.6, "partition_rows": 32}
     solve(collected, tmp_path / "whole", workers=1, **options)
-    interruption = Interruption(grace_seconds=100.0)
-
-    def ask(event: Event) -> None:
-        if step_of(event) == ("prune", 1):
-            interruption.ask()
 
     with pytest.raises(Interrupted):
-        solve(collected, tmp_path / "out", workers=2, interruption=interruption, progress=ask, **options)
+        solve(collected, tmp_path / "out", workers=2, **ending_at("prune", 1), **options)
     solve(collected, tmp_path / "out", workers=3, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

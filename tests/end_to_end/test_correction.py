@@ -9,11 +9,10 @@ import pytest
 import torch
 from families import FAMILIES
 from outputs import contents, tensors
-from steps import step_of
+from steps import ending_at, step_of
 
 from billhook.orchestrator import Interrupted, prune, verify
 from billhook.orchestrator.events import Event
-from billhook.orchestrator.interruption import Interruption
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -51,19 +50,14 @@ def test_a_run_that_is_gone_on_with_carries_both_streams_there(
     llama: Path, text_file: Path, whole: Path, keep_inputs: Any, replayed: list[int], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "keep_inputs": keep_inputs}
-    interruption = Interruption(grace_seconds=100.0)
     seen: list[int] = []
-
-    def ask(event: Event) -> None:
-        if step_of(event) == ("prune", 1):
-            interruption.ask()
 
     def note(event: Event) -> None:
         if step_of(event)[0] == "replay":
             seen.append(step_of(event)[1])
 
     with pytest.raises(Interrupted):
-        prune(llama, tmp_path / "out", progress=ask, interruption=interruption, workers=1, **options)
+        prune(llama, tmp_path / "out", **ending_at("prune", 1), workers=1, **options)
     prune(llama, tmp_path / "out", progress=note, workers=2, **options)
     assert seen == replayed
     assert contents(tmp_path / "out") == contents(whole)

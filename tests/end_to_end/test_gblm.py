@@ -9,12 +9,10 @@ import pytest
 import torch
 from families import FAMILIES
 from outputs import contents, tensors
-from steps import step_of
+from steps import ending_at, step_of
 
 from billhook.orchestrator import InputError, Interrupted, plan, prune, verify
-from billhook.orchestrator.events import Event
 from billhook.orchestrator.gradients import GRADIENTS
-from billhook.orchestrator.interruption import Interruption
 from billhook.orchestrator.journal import FOLDER
 from billhook.orchestrator.planning import estimate
 
@@ -70,24 +68,17 @@ def test_a_run_ended_in_the_pass_or_behind_it_ends_alike(
 ) -> None:
     steps: list[tuple[str, int]] = []
 
-    def run(until: tuple[str, int] | None) -> None:
-        interruption = Interruption(grace_seconds=100.0)
-
-        def ask(event: Event) -> None:
-            steps.append(step_of(event))
-            if step_of(event) == until:
-                interruption.ask()
-
+    def run(*until: Any) -> None:
         given = {"workers": 2, "calibration": str(text_file), **ASKED}
-        prune(llama, tmp_path / "out", progress=ask, interruption=interruption, **given)
+        prune(llama, tmp_path / "out", **given, **ending_at(*until, lambda event: steps.append(step_of(event))))
 
     with pytest.raises(Interrupted, match="pass for gradients"):
-        run(("gradients", 4))
+        run("gradients", 4)
     with pytest.raises(Interrupted):
-        run(("prune", 1))
+        run("prune", 1)
     assert ("gradients", 6) in steps
     steps.clear()
-    run(None)
+    run("", 0)
     assert not any(phase == "gradients" for phase, _ in steps), "what was found out is kept"
     assert contents(tmp_path / "out") == contents(whole)
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from families import FAMILIES
 from outputs import contents, tensors
-from steps import step_of
+from steps import ending_at
 
 from billhook.orchestrator import InputError, Interrupted, prune, verify
 from billhook.orchestrator.events import BlockDone, Event
-from billhook.orchestrator.interruption import Interruption
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -74,15 +73,10 @@ def test_no_byte_depends_on_who_works_and_where_what_is_kept(
 
 
 def test_a_run_that_is_gone_on_with_ends_alike(llama: Path, text_file: Path, whole: Path, tmp_path: Path) -> None:
-    interruption = Interruption(grace_seconds=100.0)
     options: dict[str, Any] = {**CALIBRATION, "calibration": str(text_file), "reconstruct_rate": RATE}
 
-    def ask(event: Event) -> None:
-        if step_of(event) == ("prune", 1):
-            interruption.ask()
-
     with pytest.raises(Interrupted):
-        prune(llama, tmp_path / "out", progress=ask, interruption=interruption, workers=2, **options)
+        prune(llama, tmp_path / "out", **ending_at("prune", 1), workers=2, **options)
     prune(llama, tmp_path / "out", workers=1, **options)
     assert contents(tmp_path / "out") == contents(whole)
 

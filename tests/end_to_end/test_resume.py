@@ -17,7 +17,7 @@ import pytest
 from outputs import contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from steps import step_of
+from steps import ending_at, step_of
 
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.shards import read_header
@@ -41,14 +41,9 @@ CALIBRATION: dict[str, Any] = {"method": "sparsegpt", "samples": 10, "seqlen": 3
 
 def prune_until(blocks: int, model: Path, output: Path, **options: Any) -> None:
     """Prune until so many blocks are committed, and ask the run to end then."""
-    interruption = Interruption(grace_seconds=100.0)
-
-    def ask(event: Event) -> None:
-        if step_of(event) == ("prune", blocks):
-            interruption.ask()
 
     with pytest.raises(Interrupted):
-        prune(model, output, progress=ask, interruption=interruption, **options)
+        prune(model, output, **ending_at("prune", blocks), **options)
 
 
 class Steps(list[tuple[str, int]]):

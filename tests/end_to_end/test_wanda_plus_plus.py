@@ -9,11 +9,9 @@ import pytest
 import torch
 from families import FAMILIES
 from outputs import contents, tensors
-from steps import step_of
+from steps import ending_at
 
 from billhook.orchestrator import InputError, Interrupted, prune, verify
-from billhook.orchestrator.events import Event
-from billhook.orchestrator.interruption import Interruption
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -62,16 +60,12 @@ def test_no_byte_depends_on_who_works_and_where_what_is_kept(
 
 
 def test_a_run_that_is_gone_on_with_ends_alike(llama: Path, text_file: Path, whole: Path, tmp_path: Path) -> None:
-    interruption = Interruption(grace_seconds=100.0)
-
-    def ask(event: Event) -> None:
-        if step_of(event) == ("prune", 1):
-            interruption.ask()
 
     with pytest.raises(Interrupted):
         prune(
             *(llama, tmp_path / "out"),
-            **{"progress": ask, "interruption": interruption, "workers": 2, "calibration": str(text_file), **ASKED},
+            **ending_at("prune", 1),
+            **{"workers": 2, "calibration": str(text_file), **ASKED},
         )
     prune(llama, tmp_path / "out", workers=1, calibration=str(text_file), **ASKED)
     assert contents(tmp_path / "out") == contents(whole)
@@ -101,6 +95,6 @@ def test_experts_and_what_was_collected_are_refused(make_model: Any, text_file: 
     model = make_model("mixtral", **FAMILIES["mixtral"])
     with pytest.raises(InputError, match=r"--method wanda\+\+: .* is a mixture of experts"):
         prune(model, tmp_path / "out", calibration=str(text_file), **ASKED)
-    with pytest.raises(InputError, match=r"--method wanda\+\+: asks for gradients of the blocks"):
+    with pytest.raises(InputError, match=r"--method wanda\+\+: asks for gradients, which --collected"):
         prune(model, tmp_path / "out", method="wanda++", collected=str(tmp_path))
     assert not (tmp_path / "out").exists()
