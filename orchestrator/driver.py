@@ -34,7 +34,7 @@ from billhook.orchestrator.events import (
     together,
 )
 from billhook.orchestrator.gradient_pass import take_gradients
-from billhook.orchestrator.gradients import remove_gradients
+from billhook.orchestrator.gradients import gradients_size_bytes, remove_gradients
 from billhook.orchestrator.history import (
     History,
     branch_point,
@@ -383,8 +383,10 @@ def _run(run: Run) -> dict[str, int]:
     peak = {"vram": 0, "ram": 0, "disk": 0}
     if unpruned:
         try:
-            take_gradients(run)
-            peak = commit_blocks(run)
+            before = take_gradients(run)
+            used = commit_blocks(run)
+            peak = {tier: max(used[tier], before[tier]) for tier in used}
+            peak["disk"] += gradients_size_bytes(output)
         except RunError as error:
             run.lock.check()  # what failed may have failed for that
             if run.interruption.asked:  # a signal to the whole process group ends the workers too

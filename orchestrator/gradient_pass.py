@@ -21,11 +21,13 @@ from billhook.orchestrator.paths import user_path
 from billhook.orchestrator.planning import with_workers
 from billhook.orchestrator.workers import PATIENCE_SECONDS, ray_for, reserve_places, start_pool
 
+NOTHING_USED = {"vram": 0, "ram": 0, "disk": 0}
 
-def take_gradients(run: Run) -> None:
+
+def take_gradients(run: Run) -> dict[str, int]:
     """Write the gradients that methods ask for to the run's folder, unless an earlier command has.
 
-    One that was ended in between begins with them again.
+    One that was ended in between begins with them again. Returns what was used at most, by tier; on disk, of scratch.
 
     Raises:
         Interrupted: when asked to end.
@@ -33,14 +35,15 @@ def take_gradients(run: Run) -> None:
     """
     request = run.plan.request
     if not gradient_samples(request):
-        return
+        return NOTHING_USED
     assert run.windows is not None
     if are_complete(request, run.windows.sha256, run.output):
-        return
+        return NOTHING_USED
+    used = NOTHING_USED
     for tries in range(1, TRIES + 1):
         try:
             create_gradients(request, run.output)
-            _pass(run)
+            used = _pass(run)
             break
         except BlockLostError as error:
             run.lock.check()
@@ -51,9 +54,10 @@ def take_gradients(run: Run) -> None:
             run.report(Warned(f"the pass for gradients begins again: {error}"))
     run.lock.check()
     complete_gradients(request, run.windows.sha256, run.output)
+    return used
 
 
-def _pass(run: Run) -> None:
+def _pass(run: Run) -> dict[str, int]:
     plan, windows = run.plan, run.windows
     assert windows is not None
     request, workers = plan.request, plan.workers
@@ -66,7 +70,7 @@ def _pass(run: Run) -> None:
         if run.interruption.asked:
             raise Interrupted("ended in the pass for gradients; the same command begins that again")
 
-    with ray_for(workers, model.device, run.report):
+    with ray_for(workers, model.device, run.report) as memory:
         places = reserve_places(workers, model.device, workers.count, PATIENCE_SECONDS)
         plan = with_workers(plan, places.size)
         scratch = str(user_path(plan.resources.scratch) if plan.resources.scratch else run.output / FOLDER)
@@ -98,3 +102,5 @@ def _pass(run: Run) -> None:
                 pool.leave_block(task)
                 at(steps - block.index)
             pool.finish_writing()
+            vram_bytes, scratch_bytes = pool.peak_vram_bytes(), pool.scratch_bytes()
+    return {"vram": vram_bytes, "ram": memory.peak_bytes, "disk": scratch_bytes}

@@ -97,6 +97,11 @@ def complete_gradients(request: Request, calibration_sha256: str, output: Path) 
         raise disk_failure(str(path), "writing", error) from error
 
 
+def gradients_size_bytes(output: Path) -> int:
+    """Return the size of all of them; 0 where there are none."""
+    return sum(path.stat().st_size for path in (output / FOLDER / GRADIENTS).glob("*"))
+
+
 def remove_gradients(output: Path) -> None:
     """Remove them, if there are any."""
     shutil.rmtree(output / FOLDER / GRADIENTS, ignore_errors=True)
