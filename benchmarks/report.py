@@ -6,6 +6,7 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 def main() -> None:
     sections = [
         *peers(read("peers")),
+        *fidelity(read("fidelity")),
         *solve(read("solve")),
         *limit(read("scaling")),
         *large_block(read("large_block")),
@@ -75,6 +77,50 @@ def peers(results: dict[str, Any]) -> list[str]:
             )
         lines += [f"**{recipe}**", "", *table(heads, body)]
     return lines
+
+
+def fidelity(results: dict[str, Any]) -> list[str]:
+    """Return the perplexities and divergences of every method and allocator that was measured on all texts."""
+    measured = {
+        name: by_seed["0"]
+        for name, by_seed in results["figures"].items()
+        if by_seed.get("0", {}).get("texts") and " correction " not in name
+    }
+    texts = list(next(iter(measured.values()))["texts"])
+    patterns = ["unstructured 0.5", "unstructured 0.6", "unstructured 0.7", "2:4"]
+    titles = ["50 %", "60 %", "70 %", "2:4"]
+    at_half = {name.partition(" ")[0]: each["perplexity"] for name, each in measured.items() if name.endswith(" 0.5")}
+    methods = sorted(
+        {name.partition(" ")[0] for name in measured}, key=lambda name: (at_half.get(name, math.inf), name)
+    )
+
+    def figures(method: str, pattern: str, allocation: str = "") -> str:
+        found = measured.get(" ".join(filter(None, (method, pattern, allocation))))
+        if found is None:
+            return ""
+        on = [found["texts"][text] for text in texts]
+        perplexities = " / ".join(f"{each['perplexity']:.2f}" for each in on)
+        return perplexities + " (" + ", ".join(f"{each['divergence']:.2f}" for each in on) + ")"
+
+    rows = [[method, *(figures(method, pattern) for pattern in patterns)] for method in methods]
+    allocated = [
+        [allocation, *(figures(method, patterns[2], allocation) for method in ("wanda", "sparsegpt"))]
+        for allocation in dict.fromkeys(name.rpartition(" ")[2] for name in measured if len(name.split()) == 4)
+    ]
+    dense = " / ".join(f"{results['dense_texts'][text]['perplexity']:.2f}" for text in texts)
+    lines = [
+        "## Quality by method",
+        "",
+        "SmolLM2-135M-Instruct, 32 samples of 512 tokens of WikiText-2, one draw; each method with its defaults. "
+        f"Perplexity on WikiText-2 / on a text of another kind, Python's help topics (dense: {dense}), and in brackets "
+        "the KL divergence from the dense model on both, in nats per token. What is empty has not been measured.",
+        "",
+        "    python benchmarks/fidelity.py --calibration wikitext2-valid.txt --text wikitext2-raw-test.txt "
+        "--text python-topics.txt",
+        "",
+        *table(["", *titles], rows),
+    ]
+    return [*lines, "Allocations at 70 %:", "", *table(["", "wanda", "sparsegpt"], allocated)] if allocated else lines
 
 
 def solve(results: dict[str, Any]) -> list[str]:
