@@ -14,6 +14,7 @@ from pathlib import Path
 
 from billhook.layerworkers.descriptors import disk_failure
 from billhook.layerworkers.files import sync_file
+from billhook.layerworkers.methods import Solver
 from billhook.layerworkers.shards import TensorEntry
 from billhook.orchestrator.checkpoint import Checkpoint, float_shard
 from billhook.orchestrator.journal import FOLDER
@@ -35,8 +36,8 @@ def asking(request: Request, index: int) -> list[Linear]:
 
 def gradient_samples(request: Request) -> int:
     """Return on how many samples, the first ones, they are taken; 0: on none."""
-    solvers = {id(each): each for each in map(request.solver_of, (each for own in request.linears for each in own))}
-    asked = [each.method.model_gradients(each.options) for each in solvers.values() if each.method.model_gradients]
+    solvers = [Solver(request.method, request.method.options(**request.options)), *request.others.values()]
+    asked = [each.method.model_gradients(each.options) for each in solvers if each.method.model_gradients]
     return min(request.samples, max(asked, default=0))
 
 

@@ -60,7 +60,7 @@ def solve_with_problem(
         method.statistic.add_(statistic, x)
     problem = LinearProblem(statistic, x.shape[1], 16, Alone(), torch.device("cpu"), forms=len(method.forms))
     gradient_squares = torch.rand(w.shape, generator=torch.Generator().manual_seed(2)) * x.square().sum(dim=0)
-    problem.turn_to(w, gradient_squares)
+    problem.turn_to(w, lambda first, last: gradient_squares[first:last].clone())
     select = Selector(pattern, method.within_rows, Alone())
     return method.solve(w.clone(), problem, select, method.options(**options)), problem
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from billhook.layerworkers import solving
 from billhook.layerworkers.collective import Alone
 from billhook.layerworkers.methods import METHODS, method_named
 from billhook.layerworkers.patterns import NM, Pattern, PerRow, Unstructured, of_rows
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.problem import LinearProblem, RowsOf
 from billhook.layerworkers.reduction import even_ranges, total
 from billhook.layerworkers.scratch import DiskParking, MemoryParking, Parking
 from billhook.layerworkers.sharing import Pace
@@ -78,10 +79,14 @@ def solved(
     return [Solved(own[report.name], report) for report in reports]
 
 
-def gradient_squares(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradient_squares(weights: dict[str, torch.Tensor]) -> dict[str, RowsOf]:
     """What a method that asks for gradients is told of them."""
     generator = torch.Generator().manual_seed(2)
-    return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+
+    def rows(matrix: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        return matrix[first:last].clone()
+
+    return {name: partial(rows, torch.rand(each.shape, generator=generator)) for name, each in weights.items()}
 
 
 def deviation(x: torch.Tensor, width: int) -> torch.Tensor:
