@@ -51,7 +51,7 @@ def solve(weight_RC: Tensor, problem: LinearProblem, select: Selector, options: 
 
 GBLM = Method(
     name="gblm",
-    source="Das et al., Beyond Size: How Gradients Shape Pruning Decisions in LLMs (arXiv 2311.04902), equation 4",
+    source="Das et al., Beyond Size: How Gradients Shape Pruning Decisions in LLMs, 2023 (arXiv 2311.04902), eq. 4",
     summary="wanda with gradients of the whole model's loss in the score, from a pass forward and back",
     statistic=MOMENTS,
     within_rows=True,

@@ -123,6 +123,23 @@ def test_a_worker_that_dies_or_hangs_is_replaced(
     assert not worker_processes()
 
 
+@pytest.mark.thorough
+def test_a_pass_for_gradients_that_loses_a_worker_begins_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**CALIBRATION, "method": "gblm", "calibration": str(text_file)}
+    events: list[Event] = []
+    hit = once("gradients", 4, lambda: os.kill(worker_processes()[0], signal.SIGKILL))
+
+    def heard(event: Event) -> None:
+        events.append(event)
+        hit(event)
+
+    prune(llama, tmp_path / "out", workers=2, progress=heard, **options)
+    assert [step_of(event) for event in events].count(("gradients", 1)) == 2
+    assert any("the pass for gradients begins again: worker" in str(event) for event in events)
+    prune(llama, tmp_path / "whole", workers=1, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_block_that_is_lost_three_times_ends_the_run_and_can_be_gone_on_with(
     llama: Path, text_file: Path, tmp_path: Path, whole: Path
 ) -> None:
