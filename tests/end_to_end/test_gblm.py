@@ -88,7 +88,7 @@ def test_a_run_ended_in_the_pass_or_behind_it_ends_alike(
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("gpt2", {"pattern": "2:4", "dtype": "bfloat16"}),
+        pytest.param("gpt2", {"pattern": "2:4", "dtype": "bfloat16"}, marks=pytest.mark.thorough),
         pytest.param("gemma2", {"fit": "lockstep", "methods": {r"mlp": "sparsegpt"}}, marks=pytest.mark.thorough),
         pytest.param("llama", {"method": "gblm+dsnot", "reconstruct": 1}, marks=pytest.mark.thorough),
     ],
