@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from solved_alone import solved
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,8 +18,7 @@ from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.gradients import Samples
 from billhook.layerworkers.lockstep import run_plain
 from billhook.layerworkers.methods import METHODS, Rounds, method_named
-from billhook.layerworkers.patterns import NM, Selector, Unstructured
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.patterns import NM, Unstructured
 from billhook.layerworkers.reduction import even_ranges
 from billhook.layerworkers.regional import output_gradient_squares, tune_in_rounds, tuned_once
 
@@ -125,19 +125,6 @@ def test_tuning_lowers_the_error_and_lets_what_was_removed_grow() -> None:
     assert all(torch.count_nonzero(found[name]) > torch.count_nonzero(weights[name]) for name in NAMES)
     still = tuned_once(sparse, weights, samples, ((), {}), Rounds(1, SAMPLES, 0.0), Alone(), CPU)
     assert all(torch.equal(still[name], weights[name]) for name in NAMES)
-
-
-def solved(method: str, options: dict[str, Any], gradient_squares: Tensor, pattern: Any) -> Tensor:
-    torch.manual_seed(1)
-    x_TC, weight_RC = torch.randn(64, 32), torch.randn(24, 32)
-    chosen = METHODS[method]
-    total = torch.zeros(chosen.statistic.shape(32))  # type: ignore[union-attr]
-    for sample in x_TC.view(4, 16, 32):
-        chosen.statistic.add(total, sample, None)  # type: ignore[union-attr]
-    problem = LinearProblem(total, 32, 8, Alone(), CPU)
-    problem.turn_to(weight_RC, lambda first, last: gradient_squares[first:last].clone())
-    select = Selector(pattern, chosen.within_rows, Alone())
-    return chosen.solve(weight_RC.clone(), problem, select, chosen.options(**options)).weight_RC
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])

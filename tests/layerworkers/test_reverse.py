@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from solved_alone import solved
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -21,8 +22,7 @@ from billhook.layerworkers.files import read_bytes
 from billhook.layerworkers.head import Head
 from billhook.layerworkers.losses import loss_gradient
 from billhook.layerworkers.methods import METHODS, method_named
-from billhook.layerworkers.patterns import NM, Selector, Unstructured
-from billhook.layerworkers.problem import LinearProblem
+from billhook.layerworkers.patterns import NM, Unstructured
 from billhook.layerworkers.reverse import ReverseTask, WrittenRoots
 from billhook.layerworkers.shards import read_tensor
 from billhook.layerworkers.tasks import Sample
@@ -129,19 +129,6 @@ def test_the_gradient_by_logits_is_that_of_autograd() -> None:
     torch.testing.assert_close(loss_gradient(logits.detach(), sample, CPU), expected)
     with pytest.raises(NotFiniteError):
         loss_gradient(torch.full((3, 5), torch.inf), Sample(0, (1, 2, 3)), CPU)
-
-
-def solved(method: str, options: dict[str, Any], squares: Tensor, pattern: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    x_TC, weight_RC = torch.randn(64, 32, generator=generator), torch.randn(24, 32, generator=generator)
-    chosen = METHODS[method]
-    total = torch.zeros(chosen.statistic.shape(32))  # type: ignore[union-attr]
-    for sample in x_TC.view(4, 16, 32):
-        chosen.statistic.add(total, sample, None)  # type: ignore[union-attr]
-    problem = LinearProblem(total, 32, 8, Alone(), CPU)
-    problem.turn_to(weight_RC, lambda first, last: squares[first:last].clone())
-    select = Selector(pattern, chosen.within_rows, Alone())
-    return chosen.solve(weight_RC.clone(), problem, select, chosen.options(**options)).weight_RC
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(Fraction(1, 2)), NM(2, 4)])
