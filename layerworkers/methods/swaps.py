@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from billhook.kernels.swaps import swap_
+from billhook.kernels.swaps import BAND_ROWS, swap_
 from billhook.layerworkers.errors import OptionError
 from billhook.layerworkers.methods.contract import Refinement, Solution, check_ridge, quadratic_sums
 from billhook.layerworkers.patterns import NM, Pattern
@@ -44,7 +44,7 @@ def refine(
     form = problem.ridged(options.ridge)
     v0_RC, v_RC = dense_RC * form.norms_C, solution.weight_RC * form.norms_C
     group = pattern.group if isinstance(pattern, NM) else problem.columns
-    swap_(v_RC, v0_RC, form.gram_CC, group, options.swaps)
+    swap_(v_RC, v0_RC, form.gram_CC, group, options.swaps, problem.partition_rows)
     back_RC = (solution.weight_RC == 0) & (v_RC != 0)
     weight_RC = torch.where(back_RC, dense_RC, solution.weight_RC).masked_fill_(v_RC == 0, 0.0)
     return replace(
@@ -63,10 +63,11 @@ SWAPS = Refinement(
     fit="",
     options=Options,
     refine=refine,
-    flops=lambda rows, columns, options: 2.0 * rows * columns**2 * (2 + options.swaps),
-    launches=lambda columns, options: 20 * options.swaps,
+    # the steps are no large products: a thousand of these take as long as one weight of one step
+    flops=lambda rows, columns, options: rows * columns * (6.0 * columns + 1000 * options.swaps),
+    launches=lambda columns, options: 200 * options.swaps,
     factor_flops=lambda columns: 0.0,
     shared=ridged_load,
-    extra_bytes=lambda rows, columns: 22 * rows * columns,
+    extra_bytes=lambda rows, columns: (26 * rows + 112 * min(rows, 2 * BAND_ROWS)) * columns,
     forms=frozenset({"ridged"}),
 )
