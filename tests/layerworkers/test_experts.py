@@ -82,10 +82,10 @@ def pruned(
         )
         reports.append(worker.prune_block(task).linears)
     worker.finish_writing()
-    parking = worker._parking("disk")
+    parking = worker._held.parking("disk")
     assert isinstance(parking, DiskParking)
     left = parking._used - sum(_pages(size) * len(places) for size, places in parking._free.items())
-    return files.pieces, reports, [hidden.clone() for hidden in worker._hidden], left
+    return files.pieces, reports, [hidden.clone() for hidden in worker._held.hidden], left
 
 
 @pytest.mark.parametrize("fallback", ["pool", "magnitude", "dense"])
