@@ -51,7 +51,7 @@ def swap_reference_(v_RC: Tensor, w_RC: Tensor, a_CC: Tensor, group: int, limit:
 
 
 def swap_(v_RC: Tensor, w_RC: Tensor, a_CC: Tensor, group: int, limit: int, partition_rows: int) -> None:
-    """Do what :func:`swap_reference_` does: on a CPU a row after the other in one compiled loop, else many at a time.
+    """Do what :func:`swap_reference_` does, but for rounding: on a CPU in one compiled loop, else many rows at a time.
 
     Both keep c up to date, and look only at pairs that can be the best. With ``s_p = max_u |A_pu|``, u != p in p's
     group, a pair changes the error by at least ``back_p + (away_u - 2 |e_p| s_p |v_u|)``. The least value of the
@@ -80,6 +80,7 @@ def swap_rows_together_(v_RC: Tensor, w_RC: Tensor, a_CC: Tensor, group: int, li
     """Do what :func:`swap_` does in torch, for all rows of a band at once. An N:M group divides C."""
     c_RC = matmul_by_rows(w_RC - v_RC, a_CC, partition_rows)
     diagonal_C = a_CC.diagonal()
+    strongest_C = _strongest(a_CC)
     best_of_rows = _best_of_groups if group < v_RC.shape[1] else _best_of_rows
     for start, stop in row_partitions(len(v_RC), BAND_ROWS):
         v_BC, w_BC, c_BC = v_RC[start:stop], w_RC[start:stop], c_RC[start:stop]
@@ -88,7 +89,7 @@ def swap_rows_together_(v_RC: Tensor, w_RC: Tensor, a_CC: Tensor, group: int, li
             back_BC = (e_BC * diagonal_C - 2 * c_BC).mul_(e_BC).masked_fill_((v_BC != 0) | (w_BC == 0), torch.inf)
             away_BC = (v_BC * diagonal_C + 2 * c_BC).mul_(v_BC).masked_fill_(v_BC == 0, torch.inf)
             worth_B = -WORTH * (e_BC * c_BC).sum(dim=1)
-            change_B, p_B, u_B = best_of_rows(back_BC, away_BC, e_BC, v_BC, a_CC, group)
+            change_B, p_B, u_B = best_of_rows(back_BC, away_BC, e_BC, v_BC, a_CC, strongest_C, group)
             rows_S = (change_B < worth_B).nonzero()[:, 0]
             if not len(rows_S):
                 break
@@ -98,7 +99,7 @@ def swap_rows_together_(v_RC: Tensor, w_RC: Tensor, a_CC: Tensor, group: int, li
 
 
 def _best_of_groups(
-    back_BC: Tensor, away_BC: Tensor, e_BC: Tensor, v_BC: Tensor, a_CC: Tensor, group: int
+    back_BC: Tensor, away_BC: Tensor, e_BC: Tensor, v_BC: Tensor, a_CC: Tensor, strongest_C: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best pair's change of each row, its p and its u, of the pairs of N:M groups."""
     rows, columns = v_BC.shape
@@ -112,7 +113,7 @@ def _best_of_groups(
 
 
 def _best_of_rows(
-    back_BC: Tensor, away_BC: Tensor, e_BC: Tensor, v_BC: Tensor, a_CC: Tensor, group: int
+    back_BC: Tensor, away_BC: Tensor, e_BC: Tensor, v_BC: Tensor, a_CC: Tensor, strongest_C: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same of the pairs of whole rows."""
     rows, columns = v_BC.shape
@@ -123,20 +124,19 @@ def _best_of_rows(
         return back_BC[rows_K, p_K, None] + away_BC[rows_K] - twice_K1 * v_BC[rows_K] * a_CC[p_K]
 
     size_BC = v_BC.abs()
-    strongest_C = (a_CC - a_CC.diagonal().diag()).abs().amax(dim=1)
     pull_BC = (2 * e_BC.abs() * strongest_C).masked_fill_(back_BC == torch.inf, 0.0)
     most_B = pull_BC.amax(dim=1)
     least_BL = torch.stack(
         [(away_BC - (most_B * (level + 1) / LEVELS)[:, None] * size_BC).amin(dim=1) for level in range(LEVELS)], dim=1
     )
-    level_BC = (pull_BC / most_B.clamp(min=1e-30)[:, None] * LEVELS).long().clamp_(max=LEVELS - 1)
+    level_BC = (pull_BC / most_B[:, None] * LEVELS).nan_to_num_(0.0).long().clamp_(0, LEVELS - 1)
     bound_BC = back_BC + least_BL.gather(1, level_BC)
     terms_BC = torch.where(back_BC < torch.inf, back_BC, away_BC)
     largest_B = terms_BC.masked_fill_(terms_BC == torch.inf, 0.0).abs().amax(dim=1)
     slack_B = ROUNDING * (largest_B + most_B * size_BC.amax(dim=1))
     every_B = torch.arange(rows, device=v_BC.device)
     known_B = changes(every_B, bound_BC.argmin(dim=1)).amin(dim=1)
-    rows_S, p_S = (bound_BC <= (known_B + slack_B)[:, None]).nonzero().unbind(dim=1)
+    rows_S, p_S = ((bound_BC <= (known_B + slack_B)[:, None]) & (back_BC < torch.inf)).nonzero().unbind(dim=1)
     change_S = torch.cat(
         [
             changes(rows_K, p_K).amin(dim=1)
@@ -147,6 +147,16 @@ def _best_of_rows(
     first_S = p_S.masked_fill(change_S != change_B[rows_S], columns - 1)
     p_B = torch.full_like(every_B, columns - 1).scatter_reduce_(0, rows_S, first_S, "amin")
     return change_B, p_B, _first_least(changes(every_B, p_B))[1]
+
+
+def _strongest(a_CC: Tensor) -> Tensor:
+    """Return the largest |A_pu|, u != p, of each p, a band of rows at a time."""
+    strongest_C = torch.empty_like(a_CC[0])
+    for start, stop in row_partitions(len(a_CC), BAND_ROWS):
+        sizes_BC = a_CC[start:stop].abs()
+        sizes_BC.diagonal(start).zero_()
+        strongest_C[start:stop] = sizes_BC.amax(dim=1)
+    return strongest_C
 
 
 def _first_least(values_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +222,7 @@ def _loop(v: Any, w: Any, a: Any, group: int, limit: int, worth: Any) -> None:  
             likely = -1
             for p in range(columns):
                 if back[p] != infinity:
-                    level = int(pull[p] / most_pull * np.float32(LEVELS)) if most_pull > zero else 0
+                    level = int(pull[p] / most_pull * np.float32(LEVELS)) if zero < most_pull < infinity else 0
                     bound[p] = back[p] + level_least[min(level, LEVELS - 1)]
                     if likely < 0 or bound[p] < bound[likely]:
                         likely = p
